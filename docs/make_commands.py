@@ -1,0 +1,40 @@
+"""Writes docs/commands.md from the commands' own help; tests/test_docs.py fails when the two differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from click import Command, Context
+
+from longclip_rt.cli import COMMANDS, longclip_rt
+
+TARGET = Path(__file__).parent / "commands.md"
+
+_HEAD = """# Commands
+
+Written by `make docs` from the commands' own help; do not edit.
+"""
+
+
+def commands_reference() -> str:
+    """The reference: the help of `longclip-rt` and of each command, as Markdown."""
+    parent = Context(longclip_rt, info_name="longclip-rt", **_SETTINGS)
+    sections = [_HEAD, _section("longclip-rt", longclip_rt, parent)]
+    for name in COMMANDS:
+        command = longclip_rt.get_command(parent, name)
+        assert command is not None
+        context = Context(command, info_name=name, parent=parent, **_SETTINGS)
+        sections.append(_section(f"longclip-rt {name}", command, context))
+    return "\n".join(sections)
+
+
+# Independent of the terminal in which it is written.
+_SETTINGS = {"terminal_width": 100, "max_content_width": 100}
+
+
+def _section(title: str, command: Command, context: Context) -> str:
+    return f"## {title}\n\n```text\n{command.get_help(context)}\n```\n"
+
+
+if __name__ == "__main__":
+    TARGET.write_text(commands_reference(), encoding="utf-8")

@@ -1,0 +1,42 @@
+"""Errors that a caller may want to catch; the command line prints each as one sentence and exits with 1."""
+
+from __future__ import annotations
+
+
+class LongClipError(Exception):
+    """Base of every error this package raises on purpose.
+
+    The message says what was given, what was expected and how to mend it.
+    """
+
+
+class WeightsError(LongClipError):
+    """Weights that cannot be read, are not CLIP-shaped, or would have to run code to be read."""
+
+
+class BundleError(LongClipError):
+    """An exported bundle that is absent, incomplete, damaged or of a newer format."""
+
+
+class ExportError(LongClipError):
+    """An export that failed, or that the parity gate refused."""
+
+
+class BackendError(LongClipError):
+    """A backend or precision that was asked for and cannot be had on this machine."""
+
+
+class InputError(LongClipError):
+    """One input that cannot be embedded. Pipelines set it aside as a reject and go on."""
+
+
+class OutputError(LongClipError):
+    """An output that cannot be written or read: no space, no permission, wrong format."""
+
+
+class ResumeError(LongClipError):
+    """Work that was begun with other inputs, another bundle or other options, and so cannot be continued."""
+
+
+class MissingExtraError(LongClipError):
+    """An optional dependency that is needed and not installed; the message names the extra."""

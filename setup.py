@@ -1,0 +1,74 @@
+"""Packaging. The code of export/, kernels/ and train/ is installed as longclip_rt.export and so on, through links."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
+
+ROOT = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (ROOT / "longclip_rt/version.py").read_text(encoding="utf-8"))
+assert version
+
+EXPORT = [
+    "torch>=2.9",  # the first whose exporter maps scaled_dot_product_attention to the Attention operator of opset 23
+    "open_clip_torch>=3.0",
+    "onnx>=1.18",  # opset 23
+    "onnxscript>=0.5",
+    "safetensors>=0.5",
+]
+
+setup(
+    name="longclip-rt",
+    version=version[1],
+    description="Long-CLIP inference: ONNX export with a parity gate, resumable embedding of texts and images, search",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_namespace_packages(include=["longclip_rt", "longclip_rt.*"], exclude=["longclip_rt.assets*"]),
+    package_data={
+        "longclip_rt": [
+            "py.typed",
+            "assets/examples/captions.json",
+            "assets/examples/photos/*.jpg",
+            "assets/examples/unicode.txt",
+        ]
+    },
+    install_requires=[
+        "click>=8.1",
+        "ftfy>=6.1",
+        "huggingface_hub>=0.30",
+        "numpy>=1.26",
+        "openvino>=2026.0",  # the first that was tried with the Attention operator of opset 23
+        "Pillow>=10.1",
+        "platformdirs>=4.0",
+        "pyarrow>=16.0",
+        "tokenizers>=0.20",
+        "tqdm>=4.60",
+    ],
+    extras_require={
+        "cpu": ["onnxruntime>=1.23"],
+        "gpu": ["onnxruntime-gpu>=1.23"],
+        "export": EXPORT,
+        "dev": [
+            *EXPORT,
+            "onnxruntime>=1.23",
+            "hypothesis>=6.100",
+            "mypy>=1.15",
+            "pytest>=8.0",
+            "pytest-timeout>=2.3",
+            "regex>=2024.0",
+            "ruff>=0.12",
+            "torchvision>=0.24",
+            "transformers>=5.0",
+        ],
+    },
+    entry_points={"console_scripts": ["longclip-rt=longclip_rt.cli:main"]},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
