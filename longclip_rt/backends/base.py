@@ -1,0 +1,99 @@
+"""What every backend offers: token ids or pixels in, float32 arrays out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longclip_rt.bundle import Bundle
+from longclip_rt.errors import BackendError
+
+Float32 = NDArray[np.float32]
+
+INPUT_NAMES = {"text": "input_ids", "image": "pixel_values"}
+EMBEDDINGS = {"text": "text_embeds", "image": "image_embeds"}
+
+
+class Backend(ABC):
+    """Runs the two encoders of one bundle in one precision. Safe to call from several threads.
+
+    Attributes:
+        name: The backend's name, as `--backend` takes it.
+        bundle: The model that it runs.
+        precision: `fp32`, `bf16` or `fp16`: what the matrix products are computed in.
+        concurrency: How many calls at a time make best use of the machine.
+        batch_size: Images in a batch, a good default.
+        pad_multiple: Text batches are padded to a multiple of this many tokens.
+    """
+
+    name: ClassVar[str]
+    batch_size: int = 8
+    pad_multiple: int = 8
+    concurrency: int = 1
+
+    def __init__(self, bundle: Bundle, precision: str) -> None:
+        self.bundle = bundle
+        self.precision = precision
+
+    @property
+    @abstractmethod
+    def version(self) -> str:
+        """The version of the library underneath."""
+
+    @property
+    @abstractmethod
+    def device(self) -> str:
+        """What it runs on, for people."""
+
+    @abstractmethod
+    def _run(self, tower: str, inputs: NDArray[np.generic], outputs: Sequence[str]) -> list[Float32]:
+        """Runs a tower and returns the named outputs in order."""
+
+    def run(self, tower: str, inputs: NDArray[np.generic], outputs: Sequence[str] | None = None) -> list[Float32]:
+        """Runs one tower.
+
+        Args:
+            tower: `text` or `image`.
+            inputs: Token ids [B, S] int32, 1 <= S <= the context length; or normalised pixels [B, 3, H, W] float32.
+            outputs: Names out of `bundle.outputs(tower)`; None for the embedding alone.
+
+        Returns:
+            One float32 array an output; embeddings are [B, D] and L2-normalised.
+
+        Raises:
+            BackendError: The shape or an output's name is not the model's.
+        """
+        names = [EMBEDDINGS[tower]] if outputs is None else list(outputs)
+        known = self.bundle.outputs(tower)
+        if unknown := [name for name in names if name not in known]:
+            raise BackendError(
+                f"The bundle has no {tower} output {', '.join(unknown)}; it has {', '.join(known)}. "
+                f"Export it again with --output {unknown[0]}."
+            )
+        self._check_shape(tower, inputs.shape)
+        return self._run(tower, inputs, names)
+
+    def _check_shape(self, tower: str, shape: tuple[int, ...]) -> None:
+        architecture = self.bundle.architecture
+        size, context = architecture.image_size, architecture.context_length
+        if tower == "text":
+            if len(shape) != 2 or not shape[0] or not 1 <= shape[1] <= context:
+                raise BackendError(f"Token ids must be [batch, 1 to {context}], batch at least 1; got {list(shape)}.")
+        elif len(shape) != 4 or not shape[0] or shape[1:] != (3, size, size):
+            raise BackendError(f"Pixels must be [batch, 3, {size}, {size}], batch at least 1; got {list(shape)}.")
+
+    def encode_text(self, ids: NDArray[np.int32]) -> Float32:
+        """Token ids [B, S] int32 to L2-normalised embeddings [B, D] float32; what follows an EOT has no effect."""
+        return self.run("text", ids)[0]
+
+    def encode_image(self, pixels: Float32) -> Float32:
+        """Normalised pixels [B, 3, H, W] float32 to L2-normalised embeddings [B, D] float32."""
+        return self.run("image", pixels)[0]
+
+    @abstractmethod
+    def close(self) -> None:
+        """Lets go of the encoders' memory. Closing twice is fine."""

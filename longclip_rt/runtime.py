@@ -1,0 +1,190 @@
+"""`Embedder`: a bundle and a backend, from texts and images to vectors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longclip_rt.backends import Backend, open_backend
+from longclip_rt.backends.base import Float32
+from longclip_rt.batching import plan_batches
+from longclip_rt.bundle import TOKENIZER, Bundle, default_bundle, load_bundle
+from longclip_rt.errors import InputError
+from longclip_rt.preprocess import ImageTransform
+from longclip_rt.tokenizer import Tokenizer, pad_tokens
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+logger = logging.getLogger("longclip_rt")
+
+
+class Embedder:
+    """Embeds texts of up to 248 tokens and images into one space. Safe to use from several threads.
+
+    Attributes:
+        bundle: The model.
+        backend: What runs it.
+        tokenizer: Texts to token ids.
+        transform: Images to pixels.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        self.bundle = bundle
+        self.backend = backend
+        self.tokenizer = Tokenizer.from_file(bundle.file(TOKENIZER), bundle.architecture.context_length)
+        image = bundle.manifest["image"]
+        self.transform = ImageTransform(image["size"], tuple(image["mean"]), tuple(image["std"]))
+
+    @classmethod
+    def from_bundle(cls, path: str | Path | None = None, backend: str = "auto", precision: str = "auto") -> Embedder:
+        """Opens a bundle.
+
+        Args:
+            path: Its directory; None takes the newest exported bundle, else the built-in model, and logs which.
+            backend: `auto`, `openvino`, `onnxruntime` or `torch`.
+            precision: `auto`, `fp32`, `bf16` or `fp16`.
+
+        Raises:
+            BundleError: There is no bundle, or it is damaged.
+            BackendError: The backend or precision cannot be had here; what is named is never replaced by another.
+        """
+        bundle = default_bundle() if path is None else load_bundle(path)
+        if path is None:
+            logger.info("bundle: %s (%s), the newest there is; name another with --bundle", bundle.path, bundle.name)
+        if not bundle.trained:
+            logger.warning("%s holds UNTRAINED, random weights: its vectors carry no meaning", bundle.path)
+        return cls(bundle, open_backend(bundle, backend, precision))
+
+    @property
+    def dim(self) -> int:
+        """Length D of an embedding."""
+        return self.bundle.architecture.embed_dim
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of a text, SOT and EOT included."""
+        return self.bundle.architecture.context_length
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of an encoder's image in pixels."""
+        return self.bundle.architecture.image_size
+
+    @property
+    def concurrency(self) -> int:
+        """How many `encode_*` calls at a time make best use of the machine."""
+        return self.backend.concurrency
+
+    @property
+    def batch_size(self) -> int:
+        """Images in a batch, a good default for the backend."""
+        return self.backend.batch_size
+
+    @property
+    def pad_multiple(self) -> int:
+        """Text batches are padded to a multiple of this many tokens."""
+        return self.backend.pad_multiple
+
+    def encode_tokens(self, ids: NDArray[np.int32]) -> Float32:
+        """Encodes one batch of padded token ids [B, S] int32 to L2-normalised vectors [B, D] float32."""
+        return self.backend.encode_text(ids)
+
+    def encode_crops(self, crops: NDArray[np.uint8]) -> Float32:
+        """Encodes one batch of cropped images [B, n, n, 3] uint8 RGB to L2-normalised vectors [B, D] float32."""
+        return self.backend.encode_image(self.transform.normalize(crops))
+
+    def embed_texts(self, texts: Sequence[str], *, truncate: bool = True) -> Float32:
+        """Embeds texts.
+
+        Args:
+            texts: Any number of texts.
+            truncate: Whether a text of more than `context_length` tokens is cut (and counted in a warning) or refused.
+
+        Returns:
+            L2-normalised vectors [N, D] float32, in the order of the texts.
+
+        Raises:
+            InputError: A text is too long and `truncate` is False, or holds what is no Unicode text.
+        """
+        if isinstance(texts, str):
+            raise InputError("embed_texts takes a list of texts; got one text. Write [text].")
+        encoded = self.tokenizer.encode(list(texts))
+        if too_long := [index for index, tokens in enumerate(encoded) if tokens.truncated]:
+            if not truncate:
+                raise InputError(
+                    f"Text {too_long[0]} has {encoded[too_long[0]].length} tokens, and the model reads "
+                    f"{self.context_length}. Shorten it, or pass truncate=True."
+                )
+            logger.warning("%d of %d texts were cut to %d tokens", len(too_long), len(encoded), self.context_length)
+        batches = plan_batches(
+            [len(tokens.ids) for tokens in encoded],
+            pad_multiple=self.pad_multiple,
+            token_budget=self.batch_size * self.context_length,
+            max_batch=128,
+            max_length=self.context_length,
+        )
+        vectors = np.empty((len(encoded), self.dim), np.float32)
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            padded = (pad_tokens([encoded[index].ids for index in batch.indices], batch.length) for batch in batches)
+            for batch, result in zip(batches, pool.map(self.encode_tokens, padded), strict=True):
+                vectors[list(batch.indices)] = result
+        return vectors
+
+    def embed_images(self, images: Iterable[str | Path | bytes | Image.Image]) -> Float32:
+        """Embeds images.
+
+        Args:
+            images: Paths, encoded files' bytes, or PIL images, in any mix.
+
+        Returns:
+            L2-normalised vectors [N, D] float32, in the order of the images.
+
+        Raises:
+            InputError: An image cannot be read; the message names it. Use `longclip-rt embed` for lists that may hold
+                such images: it sets them aside and goes on.
+        """
+        if isinstance(images, (str, Path, bytes)):
+            raise InputError("embed_images takes a list of images; got one. Write [image].")
+        sources = list(images)
+        groups = [sources[start : start + self.batch_size] for start in range(0, len(sources), self.batch_size)]
+
+        def embed(group: list[str | Path | bytes | Image.Image]) -> Float32:
+            return self.encode_crops(np.stack([self.transform.crop(source) for source in group]))
+
+        # Each thread decodes its own next batch while the others encode, so that only a few batches are held at a time.
+        with ThreadPoolExecutor(self.concurrency + 1) as pool:
+            vectors = list(pool.map(embed, groups))
+        return np.concatenate([np.empty((0, self.dim), np.float32), *vectors])
+
+    def describe(self) -> dict[str, str]:
+        """What made the vectors, for the metadata of an output: bundle, model, backend, precision."""
+        return {
+            "bundle": self.bundle.sha256,
+            "model": self.bundle.name,
+            "trained": "true" if self.bundle.trained else "false",
+            "backend": self.backend.name,
+            "backend_version": self.backend.version,
+            "precision": self.backend.precision,
+            "device": self.backend.device,
+        }
+
+    def close(self) -> None:
+        """Lets go of the encoders' memory. Closing twice is fine."""
+        self.backend.close()
+
+    def __enter__(self) -> Embedder:
+        """Returns the embedder itself; leaving the block closes it."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

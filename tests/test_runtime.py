@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from longclip_rt import Embedder
+from longclip_rt.bundle import bundles_home
+from longclip_rt.checkpoint import load_checkpoint
+from longclip_rt.errors import BundleError, InputError
+from longclip_rt.examples import example_captions, example_photos
+from longclip_rt.towers import towers_from_checkpoint
+
+
+@pytest.fixture(scope="module")
+def embedder(tiny_bundle: Path) -> Embedder:
+    return Embedder.from_bundle(tiny_bundle, "openvino", "fp32")
+
+
+def test_texts_come_back_in_order_as_the_towers_give_them(embedder: Embedder, tiny_weights: Path) -> None:
+    texts = [text for caption in example_captions() for text in (caption.long, caption.short)] + ["", "a", "é 😀"]
+    vectors = embedder.embed_texts(texts)
+    assert vectors.shape == (len(texts), embedder.dim) and vectors.dtype == np.float32
+    text, _ = towers_from_checkpoint(load_checkpoint(tiny_weights))
+    expected = text(torch.from_numpy(embedder.tokenizer(texts)))[0].numpy()
+    np.testing.assert_allclose(vectors, expected, atol=1e-5)
+
+
+def test_a_long_text_is_cut_and_said_or_refused(embedder: Embedder, caplog: pytest.LogCaptureFixture) -> None:
+    long = "many words " * 200
+    with caplog.at_level(logging.WARNING, "longclip_rt"):
+        vectors = embedder.embed_texts(["short", long, long])
+    assert "2 of 3 texts were cut to 248 tokens" in caplog.text
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    with pytest.raises(InputError, match=r"Text 1 has 402 tokens.*248"):
+        embedder.embed_texts(["short", long], truncate=False)
+
+
+def test_images_of_every_kind_of_source_are_one(embedder: Embedder) -> None:
+    photos = example_photos()
+    by_path = embedder.embed_images(photos)
+    assert by_path.shape == (len(photos), embedder.dim) and by_path.dtype == np.float32
+    mixed = embedder.embed_images([str(photos[0]), photos[1].read_bytes(), Image.open(photos[2])])
+    np.testing.assert_array_equal(mixed.shape, (3, embedder.dim))
+    np.testing.assert_allclose(mixed, by_path[:3], atol=1e-5)
+
+
+def test_nothing_gives_an_empty_array(embedder: Embedder) -> None:
+    assert embedder.embed_texts([]).shape == (0, embedder.dim)
+    assert embedder.embed_images([]).shape == (0, embedder.dim)
+
+
+def test_a_single_item_in_place_of_a_list_is_refused(embedder: Embedder) -> None:
+    with pytest.raises(InputError, match="list of texts"):
+        embedder.embed_texts("one text")
+    with pytest.raises(InputError, match="list of images"):
+        embedder.embed_images("one.jpg")
+
+
+def test_a_bad_image_is_named(embedder: Embedder, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"absent\.jpg"):
+        embedder.embed_images([example_photos()[0], tmp_path / "absent.jpg"])
+
+
+def test_the_default_bundle_is_named_and_untrained_weights_are_said(
+    tiny_bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(BundleError, match="longclip-rt export"):
+        Embedder.from_bundle()
+    shutil.copytree(tiny_bundle, bundles_home() / "newest")
+    with caplog.at_level(logging.INFO, "longclip_rt"):
+        embedder = Embedder.from_bundle()
+    assert str(bundles_home() / "newest") in caplog.text
+    assert "UNTRAINED" not in caplog.text
+    assert embedder.describe()["trained"] == "true"
+    manifest = bundles_home() / "newest" / "bundle.json"
+    manifest.write_text(manifest.read_text().replace('"trained": true', '"trained": false'))
+    with caplog.at_level(logging.INFO, "longclip_rt"):
+        assert Embedder.from_bundle().describe()["trained"] == "false"
+    assert "UNTRAINED" in caplog.text
+
+
+def test_use_after_leaving_a_with_block_is_possible_again(tiny_bundle: Path) -> None:
+    with Embedder.from_bundle(tiny_bundle, "onnxruntime") as embedder:
+        before = embedder.embed_texts(["a cup"])
+    np.testing.assert_allclose(embedder.embed_texts(["a cup"]), before, atol=1e-6)
