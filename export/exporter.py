@@ -1,0 +1,251 @@
+"""Weights to a verified bundle: trace, lower, check, and only then give the folder its name."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from longclip_rt.backends import availability, open_backend
+from longclip_rt.bundle import TOKENIZER, TOWERS, Bundle, bundles_home, load_bundle, onnx_name, write_manifest
+from longclip_rt.checkpoint import Checkpoint, load_checkpoint
+from longclip_rt.errors import ExportError
+from longclip_rt.examples import example_photos, parity_texts
+from longclip_rt.export.onnx import OPSET, export_tower
+from longclip_rt.export.precision import BlockActivation, half_tower
+from longclip_rt.export.rounding import RoundedHalfBackend
+from longclip_rt.export.structure import structure_checks
+from longclip_rt.export.verify import Check, Reference, Sample, reference_from_towers, verify_backend
+from longclip_rt.export.vocabulary import tokenizer_json
+from longclip_rt.extras import require
+from longclip_rt.files import directory_in_the_making, write_text_atomically
+from longclip_rt.preprocess import ImageTransform
+from longclip_rt.tokenizer import Tokenizer
+from longclip_rt.towers import ImageTower, TextTower, towers_from_checkpoint
+
+logger = logging.getLogger("longclip_rt")
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export.
+
+    Attributes:
+        weights: Anything `load_checkpoint` takes.
+        out: The bundle's directory; None for one named after the model in the cache folder.
+        fp16: Whether to add the half-precision graphs.
+        outputs: Further outputs beside the embeddings, such as `pooler_output` (of both towers) or
+            `text:hidden_states.-2` (of one).
+        activation: `quick_gelu` or `gelu`, where the weights do not say; None leaves it to `load_checkpoint`.
+    """
+
+    weights: str
+    out: Path | None = None
+    fp16: bool = False
+    outputs: tuple[str, ...] = ()
+    activation: Literal["quick_gelu", "gelu"] | None = None
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """What the gate found.
+
+    Attributes:
+        checks: Every check, in the order in which it ran.
+        activations: The largest activation of every block.
+        texts: Number of texts in the sample.
+        images: Number of photographs in the sample.
+    """
+
+    checks: tuple[Check, ...]
+    activations: tuple[BlockActivation, ...]
+    texts: int
+    images: int
+
+    @property
+    def failed(self) -> tuple[Check, ...]:
+        """The checks that did not pass."""
+        return tuple(check for check in self.checks if not check.passed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for the manifest."""
+        return {
+            "texts": self.texts,
+            "images": self.images,
+            "checks": [check.to_dict() for check in self.checks],
+            "activations": [
+                {"tower": entry.tower, "block": entry.block, "largest": entry.largest, "where": entry.where,
+                 "headroom": entry.headroom, "kept_fp32": entry.keep_fp32}
+                for entry in self.activations
+            ],
+        }  # fmt: skip
+
+
+class ParityError(ExportError):
+    """The exported files are not what the towers are; no bundle was written. `report` says where they differ."""
+
+    def __init__(self, message: str, report: ParityReport) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+def export_bundle(options: ExportOptions, progress: Progress = lambda stage: None) -> tuple[Bundle, ParityReport]:
+    """Exports weights to a bundle whose every file has passed the parity gate.
+
+    The gate runs the files with ONNX Runtime (the fp16 graphs a second time with every intermediate result rounded to
+    fp16, as on a GPU), and with OpenVINO in fp32 and, where the CPU computes in it, bf16: what the runtime will use.
+
+    Args:
+        options: What to export and where to.
+        progress: Called with a few words as each of `stages(options)` begins.
+
+    Returns:
+        The bundle and the gate's report, which the manifest holds too.
+
+    Raises:
+        ParityError: A check failed; nothing was written.
+        WeightsError: The weights cannot be used.
+        ExportError: The exporter failed.
+        OutputError: The directory exists or cannot be written.
+        MissingExtraError: A package is not installed; the message names the extra.
+    """
+    for module, extra in (("torch", "export"), ("open_clip", "export"), ("onnxruntime", "cpu")):
+        require(module, extra)
+    if options.out is not None and options.out.exists():
+        with directory_in_the_making(options.out):  # refuses, and says how to go on, before minutes of work
+            pass
+    progress("reading weights")
+    checkpoint = load_checkpoint(options.weights, activation=options.activation)
+    for note in checkpoint.notes:
+        logger.info("%s: %s", options.weights, note)
+    text, image = towers_from_checkpoint(checkpoint)
+    text = text.with_outputs(_outputs(text, options.outputs))
+    image = image.with_outputs(_outputs(image, options.outputs))
+    target = options.out or _free_directory(checkpoint)
+    with directory_in_the_making(target) as staging:
+        write_text_atomically(staging / TOKENIZER, tokenizer_json())
+        sample = _sample(staging, checkpoint)
+        progress("running the torch towers")
+        reference = reference_from_towers(text, image, sample)
+        checks = list(_write_graphs(staging, text, image, reference, options.fp16, progress))
+        fields = _manifest_fields(checkpoint, options, text, image)
+        write_manifest(staging, fields)
+        for runtime, precision in _runtimes(options.fp16):
+            progress(f"checking with {runtime} in {precision}")
+            bundle = load_bundle(staging, verify=False)
+            rounded = runtime == RoundedHalfBackend.name
+            backend = RoundedHalfBackend(bundle) if rounded else open_backend(bundle, runtime, precision)
+            checks.extend(verify_backend(backend, sample, reference))
+            backend.close()
+        report = ParityReport(tuple(checks), reference.activations, len(sample.tokens), len(sample.pixels))
+        if report.failed:
+            raise ParityError(
+                f"The export of {options.weights} failed {len(report.failed)} of {len(checks)} checks, so no bundle "
+                "was written. Please report this with the table above; another torch or onnxruntime version may help.",
+                report,
+            )
+        progress("hashing")
+        write_manifest(staging, {**fields, "parity": report.to_dict()})
+    return load_bundle(target), report
+
+
+def stages(options: ExportOptions) -> int:
+    """How many times `export_bundle` calls `progress`."""
+    graphs = len(TOWERS) * (2 if options.fp16 else 1)
+    return 3 + graphs + len(_runtimes(options.fp16))
+
+
+def _runtimes(fp16: bool) -> list[tuple[str, str]]:
+    """What the gate runs the files with: fp16 as a GPU rounds it, and every pair it may pick on this machine."""
+    runtimes = [("onnxruntime", "fp32")]
+    if fp16:
+        runtimes += [(RoundedHalfBackend.name, "fp16"), ("onnxruntime", "fp16")]
+    openvino = availability("openvino")
+    return runtimes + [("openvino", precision) for precision in ("fp32", "bf16") if precision in openvino.precisions]
+
+
+def _outputs(tower: TextTower | ImageTower, names: tuple[str, ...]) -> list[str]:
+    """The embedding first, then what was asked for of this tower, once each."""
+    kind = "text" if isinstance(tower, TextTower) else "image"
+    chosen = [tower.embedding]
+    for name in names:
+        target, colon, output = name.rpartition(":")
+        if colon and target not in TOWERS:
+            raise ExportError(
+                f"There is no {target!r} tower; write --output {output}, text:{output} or image:{output}."
+            )
+        if target in ("", kind) and output not in chosen:
+            chosen.append(output)
+    return chosen
+
+
+def _free_directory(checkpoint: Checkpoint) -> Path:
+    """A new directory in the cache folder, named after the model and its weights' hash."""
+    stem = f"{checkpoint.architecture.name}{'' if checkpoint.trained else '-untrained'}-{(checkpoint.sha256 or '')[:8]}"
+    candidates = (bundles_home() / (stem if number == 1 else f"{stem}-{number}") for number in range(1, 10_000))
+    return next(directory for directory in candidates if not directory.exists())
+
+
+def _sample(staging: Path, checkpoint: Checkpoint) -> Sample:
+    tokenizer = Tokenizer.from_file(staging / TOKENIZER, checkpoint.architecture.context_length)
+    transform = ImageTransform(checkpoint.architecture.image_size)
+    tokens = [entry.ids for entry in tokenizer.encode(parity_texts(tokenizer))]
+    return Sample(tokens, np.stack([transform(photo) for photo in example_photos()]))
+
+
+def _write_graphs(
+    staging: Path, text: TextTower, image: ImageTower, reference: Reference, fp16: bool, progress: Progress
+) -> Iterator[Check]:
+    for precision in ("fp32", "fp16") if fp16 else ("fp32",):
+        towers: tuple[TextTower | ImageTower, ...] = (text, image)
+        for kind, tower in zip(TOWERS, towers, strict=True):
+            progress(f"exporting {kind} in {precision}")
+            kept = [entry.block for entry in reference.activations if entry.tower == kind and entry.keep_fp32]
+            kept = kept if precision == "fp16" else []
+            path = staging / onnx_name(kind, precision)
+            export_tower(half_tower(tower, kept) if precision == "fp16" else tower, path)
+            yield from structure_checks(path, kind, precision, len(tower.blocks), len(kept))
+
+
+def _manifest_fields(
+    checkpoint: Checkpoint, options: ExportOptions, text: TextTower, image: ImageTower
+) -> dict[str, Any]:
+    architecture = checkpoint.architecture
+    transform = ImageTransform(architecture.image_size)
+    local = Path(options.weights)
+    return {
+        "name": architecture.name,
+        "trained": checkpoint.trained,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "architecture": architecture.to_dict(),
+        "context_length": architecture.context_length,
+        "image": {"size": transform.size, "mean": list(transform.mean), "std": list(transform.std)},
+        "outputs": {"text": list(text.outputs), "image": list(image.outputs)},
+        "precisions": ["fp32", "fp16"] if options.fp16 else ["fp32"],
+        "opset": OPSET,
+        "source": {
+            "weights": str(local.resolve()) if local.exists() else options.weights,
+            "sha256": checkpoint.sha256,
+            "activation": "quick_gelu" if architecture.quick_gelu else "gelu",
+            "notes": list(checkpoint.notes),
+        },
+        "tools": {
+            name: _version(name)
+            for name in ("longclip-rt", "torch", "open_clip_torch", "onnx", "onnxscript", "onnxruntime", "openvino")
+        },
+    }
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "not installed as a package"

@@ -1,0 +1,63 @@
+"""The `longclip-rt` command: finds the command that was named, and prints an error as one sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+
+import click
+
+from longclip_rt.errors import LongClipError
+from longclip_rt.version import __version__
+
+COMMANDS = ("export", "embed", "search", "convert", "info")
+"""In the order of use, which is how the help lists them. Each lives in `longclip_rt.commands.<name>`."""
+
+
+class _Commands(click.Group):
+    """Lists commands in the order of `COMMANDS` and imports each when it is needed."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """Names of the commands."""
+        return list(COMMANDS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        """The command, or None where there is none of this name."""
+        if name not in COMMANDS:
+            return None
+        command = getattr(importlib.import_module(f"longclip_rt.commands.{name}"), name)
+        assert isinstance(command, click.Command)
+        return command
+
+
+@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="longclip-rt")
+@click.option("-v", "--verbose", count=True, help="Say more on stderr; twice for everything.")
+def longclip_rt(verbose: int) -> None:
+    """Long-CLIP inference: texts of up to 248 tokens and images to vectors in one space.
+
+    \b
+    Examples:
+      longclip-rt export --fp16 --weights BeichenZhang/LongCLIP-B
+      longclip-rt embed files.txt
+      longclip-rt search files.parquet "a long description of what you look for" -k 5
+    """
+    level = (logging.INFO, logging.DEBUG)[min(verbose, 2) // 2]
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+    logging.getLogger("longclip_rt").setLevel(level)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line. Errors a user can mend are one sentence on stderr and exit status 1."""
+    with contextlib.suppress(AttributeError):
+        # Ids are file names, which may hold what the terminal's encoding does not; a question mark beats a traceback.
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+        sys.stderr.reconfigure(errors="replace")  # type: ignore[union-attr]
+    try:
+        longclip_rt(list(arguments) if arguments is not None else None, prog_name="longclip-rt")
+    except LongClipError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(1)

@@ -1,0 +1,1 @@
+"""The commands of `longclip-rt`, one a file."""

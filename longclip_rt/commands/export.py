@@ -1,0 +1,122 @@
+"""`longclip-rt export`: weights to a verified bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+if TYPE_CHECKING:
+    from longclip_rt.export.exporter import ParityReport
+    from longclip_rt.export.verify import Check
+
+FP16_MAX = 65504.0
+DEFAULT_WEIGHTS = "BeichenZhang/LongCLIP-B"
+
+
+@click.command()
+@click.option(
+    "--weights",
+    default=DEFAULT_WEIGHTS,
+    show_default=True,
+    metavar="WEIGHTS",
+    help="A .pt or .safetensors file, a folder, a hub id, open_clip:MODEL/TAG, or random:MODEL@SEED (untrained).",
+)
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder to make.  [default: in the cache]")
+@click.option("--fp16", is_flag=True, help="Add strongly typed half-precision graphs.")
+@click.option(
+    "--output",
+    "outputs",
+    multiple=True,
+    metavar="NAME",
+    help="A further output: pooler_output, last_hidden_state, hidden_states.-N; text:NAME or image:NAME for one tower.",
+)
+@click.option("--activation", type=click.Choice(["quick_gelu", "gelu"]), help="Where the weights do not say which.")
+def export(
+    weights: str,
+    out: Path | None,
+    fp16: bool,
+    outputs: tuple[str, ...],
+    activation: Literal["quick_gelu", "gelu"] | None,
+) -> None:
+    """Export weights to a bundle: ONNX graphs of both encoders, the tokenizer, and a parity report.
+
+    The files are run on real captions and photographs and compared with the torch model. If one check fails, the table
+    of failures is printed, the exit status is 1, and no bundle is written. The bundle's path is printed on stdout.
+
+    \b
+    Examples:
+      longclip-rt export --fp16
+      longclip-rt export --fp16 --weights longclip-B.pt --out longclip-b
+      longclip-rt export --weights open_clip:ViT-L-14/openai --output text:hidden_states.-2
+      longclip-rt export --weights random:ViT-B-16        # untrained, to try things out
+    """
+    from longclip_rt.extras import require
+
+    require("torch", "export")
+    from tqdm import tqdm
+
+    from longclip_rt.export.exporter import ExportOptions, ParityError, export_bundle, stages
+
+    options = ExportOptions(weights, out, fp16, outputs, activation)
+    with tqdm(total=stages(options), bar_format="{l_bar}{bar:20}| {n}/{total} [{elapsed}] {desc}") as bar:
+        started = False
+
+        def progress(stage: str) -> None:
+            nonlocal started
+            bar.update(int(started))
+            bar.set_description_str(stage)
+            started = True
+
+        try:
+            bundle, report = export_bundle(options, progress)
+        except ParityError as error:
+            bar.close()
+            click.echo(_table(error.report), err=True)
+            raise
+        bar.update()
+        bar.set_description_str("done")
+    click.echo(_table(report), err=True)
+    click.echo(str(bundle.path))
+
+
+def _table(report: ParityReport) -> str:
+    """One row a runtime, precision and tower with the figures that matter; then failures, then activations."""
+    lines = [f"Parity with the torch towers on {report.texts} captions and {report.images} photographs:", ""]
+    heads = ("parity", "neighbours", "trimmed", "shuffled", "batch 1", "after EOT")
+    lines.append(
+        f"  {'runtime':<12} {'':<5} {'tower':<6}" + "".join(f"{head:>11}" for head in heads) + "   checks passed"
+    )
+    groups: dict[tuple[str, str, str], list[Check]] = {}
+    for check in report.checks:
+        groups.setdefault((check.runtime, check.precision, check.tower), []).append(check)
+    for (runtime, precision, tower), checks in groups.items():
+        figures = "".join(f"{_figure(checks, column):>11}" for column in _COLUMNS)
+        passed = f"{sum(check.passed for check in checks)} of {len(checks)}"
+        lines.append(f"  {runtime:<12} {precision:<5} {tower:<6}{figures}   {passed}")
+    lines += ["", "  parity: largest difference of a component in fp32, largest 1 - cosine in fp16 and bf16."]
+    lines += [
+        f"  FAILED: {check.runtime} {check.precision} {check.tower}: {check.name} is {check.value:.3g}, and may be "
+        f"{check.limit:.3g}"
+        for check in report.failed
+    ]
+    lines += ["", f"Largest activation of each block (fp16 overflows at {FP16_MAX:.0f}):"]
+    for tower in ("text", "image"):
+        entries = [entry for entry in report.activations if entry.tower == tower]
+        kept = ", ".join(str(entry.block) for entry in entries if entry.keep_fp32) or "none"
+        lines.append(f"  {tower:<6}" + " ".join(f"{entry.largest:.3g}" for entry in entries))
+        lines.append(f"        head-room {min(entry.headroom for entry in entries):.0f} times; kept in fp32: {kept}")
+    return "\n".join(lines)
+
+
+# What each column of the table shows: the largest value of the checks whose names end so.
+_COLUMNS = (
+    ("_embeds: max difference", "_embeds: 1 - cosine"), ("other nearest neighbour",), ("trimmed equals padded",),
+    ("shuffled batch",), ("batch 1 equals batch N",), ("tokens after EOT changed",),
+)  # fmt: skip
+
+
+def _figure(checks: list[Check], endings: tuple[str, ...]) -> str:
+    values = [check.value for check in checks if check.name.endswith(endings)]
+    return f"{max(values):.2g}" if values else "-"
