@@ -12,14 +12,21 @@ from typing import TYPE_CHECKING, Literal, get_args
 from longclip_rt.architecture import LONG_CONTEXT_LENGTH, Architecture, architecture_from_shapes, few
 from longclip_rt.errors import WeightsError
 from longclip_rt.extras import require
-from longclip_rt.hub import HUB_PREFIX, HubId, download_weights, parse_hub_id
-from longclip_rt.model_config import CLIP_MEAN, CLIP_STD, ModelConfig, Triple, architecture_from_open_clip, read_config
-from longclip_rt.naming import SECOND_TABLE, canonical_names
-from longclip_rt.open_clip_weights import OPEN_CLIP_PREFIX, load_open_clip, open_clip_config
 from longclip_rt.positions import KEPT_ROWS, fold_positions, stretch_positions
-from longclip_rt.random_weights import random_state_dict, sha256_of_tensors
-from longclip_rt.refusals import refuse_incomplete_models, refuse_other_architectures
-from longclip_rt.weight_files import SUFFIXES, choose_weights, read_weights, tensors_of
+from longclip_rt.weights.config import (
+    CLIP_MEAN,
+    CLIP_STD,
+    ModelConfig,
+    Triple,
+    architecture_from_open_clip,
+    read_config,
+)
+from longclip_rt.weights.files import SUFFIXES, choose_weights, read_weights, tensors_of
+from longclip_rt.weights.hub import HUB_PREFIX, HubId, download_weights, parse_hub_id
+from longclip_rt.weights.naming import SECOND_TABLE, canonical_names
+from longclip_rt.weights.open_clip import OPEN_CLIP_PREFIX, load_open_clip, open_clip_config
+from longclip_rt.weights.random import random_state_dict, sha256_of_tensors
+from longclip_rt.weights.refusals import refuse_incomplete_models, refuse_other_architectures
 
 if TYPE_CHECKING:
     from torch import Tensor

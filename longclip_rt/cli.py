@@ -13,8 +13,14 @@ import click
 from longclip_rt.errors import LongClipError
 from longclip_rt.version import __version__
 
-COMMANDS = ("export", "embed", "search", "convert", "info")
-"""In the order of use, which is how the help lists them. Each lives in `longclip_rt.commands.<name>`."""
+COMMANDS = {
+    "export": "Turn weights into a verified bundle.",
+    "embed": "Turn images and texts into one file of vectors.",
+    "search": "Find what is nearest to a text or an image.",
+    "convert": "Write weights in another library's layout.",
+    "info": "Show what can be used on this machine.",
+}
+"""Name -> what the help says, in the order of use. Each lives in `longclip_rt.commands.<name>`."""
 
 
 class _Commands(click.Group):
@@ -32,11 +38,16 @@ class _Commands(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the list of commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
 
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="longclip-rt")
-@click.option("-v", "--verbose", count=True, help="Say more on stderr; twice for everything.")
-def longclip_rt(verbose: int) -> None:
+@click.option("-v", "--verbose", is_flag=True, help="Say more on stderr.")
+def longclip_rt(verbose: bool) -> None:
     """Long-CLIP inference: texts of up to 248 tokens and images to vectors in one space.
 
     \b
@@ -45,9 +56,8 @@ def longclip_rt(verbose: int) -> None:
       longclip-rt embed files.txt
       longclip-rt search files.parquet "a long description of what you look for" -k 5
     """
-    level = (logging.INFO, logging.DEBUG)[min(verbose, 2) // 2]
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
-    logging.getLogger("longclip_rt").setLevel(level)
+    logging.getLogger("longclip_rt").setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

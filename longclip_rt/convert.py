@@ -14,8 +14,8 @@ from longclip_rt.checkpoint import Checkpoint
 from longclip_rt.errors import OutputError
 from longclip_rt.extras import require
 from longclip_rt.files import directory_in_the_making
-from longclip_rt.naming import SECOND_TABLE, huggingface_names
 from longclip_rt.tokenizer import END, START
+from longclip_rt.weights.naming import SECOND_TABLE, huggingface_names
 
 if TYPE_CHECKING:
     from torch import Tensor

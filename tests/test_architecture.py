@@ -9,7 +9,7 @@ from tiny_models import TINY
 
 from longclip_rt.architecture import Architecture, architecture_from_shapes
 from longclip_rt.errors import WeightsError
-from longclip_rt.model_config import architecture_from_open_clip
+from longclip_rt.weights.config import architecture_from_open_clip
 
 MODELS = ["ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", "ViT-H-14", "ViT-bigG-14"]
 

@@ -17,8 +17,8 @@ from longclip_rt.architecture import Architecture
 from longclip_rt.checkpoint import Checkpoint, checkpoint_from_tensors, load_checkpoint
 from longclip_rt.errors import MissingExtraError, WeightsError
 from longclip_rt.files import sha256_of_file
-from longclip_rt.naming import huggingface_names
 from longclip_rt.positions import stretch_positions
+from longclip_rt.weights.naming import huggingface_names
 
 STRETCHED = "stretched 77 -> 248 positions (KPS)"
 FOLDED = "folded two position tables: rows below 20 of the first, the others of the second"

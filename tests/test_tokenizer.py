@@ -236,6 +236,14 @@ def test_an_item_that_is_no_text_is_an_input_error(tokenizer: Tokenizer) -> None
         tokenizer.encode(["fine", None])  # type: ignore[list-item]
 
 
+def test_small_bounds_of_memory_change_nothing(bundle_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for bound in ("_MAX_CHARACTERS_AT_ONCE", "_MAX_WORDS_A_CALL", "_MAX_KNOWN_WORDS", "_MAX_KNOWN_WORD_LENGTH"):
+        monkeypatch.setattr(f"longclip_rt.tokenizer.{bound}", 5)
+    tokenizer = Tokenizer.from_file(bundle_file)
+    for _ in range(2):
+        assert_same_as_reference(tokenizer, [CAPTION, "", "a dog", "a dog <end_of_text>", "caf\u00e9", CAPTION.upper()])
+
+
 def test_threads_share_one_tokenizer(tokenizer: Tokenizer) -> None:
     chunks = [[f"{CAPTION} {i} {j} \u00e9<end_of_text>" for j in range(20)] for i in range(16)]
     with ThreadPoolExecutor(8) as pool:

@@ -14,8 +14,8 @@ from transformers import CLIPConfig, CLIPModel
 from longclip_rt.checkpoint import Checkpoint
 from longclip_rt.convert import huggingface_config
 from longclip_rt.errors import LongClipError
-from longclip_rt.naming import huggingface_names
 from longclip_rt.towers import ImageTower, TextTower, towers_from_checkpoint
+from longclip_rt.weights.naming import huggingface_names
 
 LENGTHS = [2, 3, 17, 76, 77, 78, 247, 248]
 

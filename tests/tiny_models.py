@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longclip_rt.architecture import EOT, Architecture
 from longclip_rt.checkpoint import Checkpoint
-from longclip_rt.random_weights import random_state_dict
+from longclip_rt.weights.random import random_state_dict
 
 SOT = EOT - 1
 

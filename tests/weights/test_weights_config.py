@@ -8,7 +8,7 @@ import open_clip
 import pytest
 
 from longclip_rt.errors import WeightsError
-from longclip_rt.model_config import CLIP_MEAN, CLIP_STD, ModelConfig, architecture_from_open_clip, read_config
+from longclip_rt.weights.config import CLIP_MEAN, CLIP_STD, ModelConfig, architecture_from_open_clip, read_config
 
 
 def written(folder: Path, **files: Any) -> Path:

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
 from longclip_rt.convert import huggingface_config
-from longclip_rt.naming import SECOND_TABLE, canonical_names, huggingface_names
+from longclip_rt.weights.naming import SECOND_TABLE, canonical_names, huggingface_names
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -13,7 +13,7 @@ from tiny_models import TINY, local_hub, tiny_tensors
 
 from longclip_rt.checkpoint import load_checkpoint
 from longclip_rt.errors import WeightsError
-from longclip_rt.open_clip_weights import load_open_clip, open_clip_config
+from longclip_rt.weights.open_clip import load_open_clip, open_clip_config
 
 HALF = (0.5, 0.5, 0.5)
 

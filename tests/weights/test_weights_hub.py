@@ -16,9 +16,9 @@ from tiny_models import local_hub, long_clip_tensors, tiny_tensors
 
 from longclip_rt.checkpoint import load_checkpoint
 from longclip_rt.errors import WeightsError
-from longclip_rt.hub import HubId, download_weights, parse_hub_id
-from longclip_rt.naming import huggingface_names
-from longclip_rt.weight_files import read_weights
+from longclip_rt.weights.files import read_weights
+from longclip_rt.weights.hub import HubId, download_weights, parse_hub_id
+from longclip_rt.weights.naming import huggingface_names
 
 OWNER = "owner/Long.CLIP-B"
 

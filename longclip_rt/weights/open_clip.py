@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from longclip_rt.errors import WeightsError
 from longclip_rt.extras import require
 from longclip_rt.files import sha256_of_file
-from longclip_rt.hub import download_weights, parse_hub_id
-from longclip_rt.model_config import ModelConfig, architecture_from_open_clip, with_preprocessing
+from longclip_rt.weights.config import ModelConfig, architecture_from_open_clip, with_preprocessing
+from longclip_rt.weights.hub import download_weights, parse_hub_id
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,7 +4,7 @@ import pytest
 from tiny_models import TINY
 
 from longclip_rt.errors import WeightsError
-from longclip_rt.refusals import refuse_incomplete_models, refuse_other_architectures
+from longclip_rt.weights.refusals import refuse_incomplete_models, refuse_other_architectures
 
 CLIP = set(TINY.shapes())
 HUGGING_FACE = {

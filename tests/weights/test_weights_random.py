@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from tiny_models import TINY
 
-from longclip_rt.random_weights import random_state_dict, sha256_of_tensors
+from longclip_rt.weights.random import random_state_dict, sha256_of_tensors
 
 
 def test_the_seed_determines_every_number_and_the_global_state_none() -> None:

@@ -13,8 +13,8 @@ from typing import Any
 
 from longclip_rt.errors import WeightsError
 from longclip_rt.extras import require
-from longclip_rt.model_config import CONFIG_FILES
-from longclip_rt.weight_files import choose_weights, split_parts
+from longclip_rt.weights.config import CONFIG_FILES
+from longclip_rt.weights.files import choose_weights, split_parts
 
 _log = logging.getLogger("longclip_rt")
 

@@ -1,0 +1,218 @@
+"""`longclip-rt embed`: images and texts to vectors in one file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from longclip_rt.pipeline import EmbedReport
+
+_SUFFIXES = (".parquet", ".npy", ".jsonl")
+# A progress bar that appears in a log file only after this many seconds, and then has this many between its updates.
+_LOG_DELAY = 2.0
+_LOG_INTERVAL = 10.0
+
+
+def _output_name(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
+    """Refuses a format that is not known before anything is loaded."""
+    if value is not None and value.suffix not in _SUFFIXES:
+        raise click.BadParameter(f"{str(value)!r} should end with {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}")
+    return value
+
+
+class _Bar:
+    """A progress bar on stderr: at once on a terminal, after a while in a log, never when quiet."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+        self._bar: Any = None
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def begin(self, total: int, done: int, columns: Mapping[str, str]) -> None:
+        """Shows what was found and starts the bar."""
+        if self._quiet:
+            return
+        from tqdm import tqdm
+
+        for name, column in columns.items():
+            click.echo(f"Reading column {column!r} of {name}.", err=True)
+        if done:
+            click.echo(f"Going on: {done:,} of {total:,} inputs were done before.", err=True)
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            unit=" inputs",
+            file=sys.stderr,
+            dynamic_ncols=terminal,
+            delay=0 if terminal else _LOG_DELAY,
+            mininterval=0.1 if terminal else _LOG_INTERVAL,
+        )
+
+    def advance(self, entries: int) -> None:
+        """Moves the bar."""
+        if self._bar is not None:
+            self._bar.update(entries)
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    callback=_output_name,
+    help="Where to write: .parquet, .npy (with .ids.jsonl and .meta.json beside it) or .jsonl (with .meta.json). "
+    "Default: the list's stem with .parquet, in the working directory.",
+)
+@click.option(
+    "--bundle",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="The model. Default: the newest exported one, else the built-in one.",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "openvino", "onnxruntime", "torch"]),
+    default="auto",
+    show_default=True,
+    help="What runs the model.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+    default="auto",
+    show_default=True,
+    help="Number format of the model.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Most inputs in a batch. Default: the model's own.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Threads that decode images and tokenize texts. Default: one for each core.",
+)
+@click.option(
+    "--truncate/--no-truncate",
+    default=True,
+    show_default=True,
+    help="Cut texts that are longer than the context, and count them; or set them aside as rejects.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Number format of the vectors written.",
+)
+@click.option("--texts", is_flag=True, help="Each line is itself a text, and not the name of a file.")
+@click.option(
+    "--column",
+    metavar="NAME",
+    help="Column of .jsonl and .parquet files. Default: with --texts `text` or `caption`, else `image` or `path`. "
+    "With - it says that standard input is JSON Lines.",
+)
+@click.option("--allow-rejects", is_flag=True, help="Exit with status 0 though inputs were rejected.")
+@click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
+@click.option("--restart", is_flag=True, help="Discard work that was begun earlier, instead of going on with it.")
+@click.option(
+    "--shard-size",
+    type=click.IntRange(min=1),
+    default=2048,
+    show_default=True,
+    metavar="N",
+    help="Inputs that are committed together: a stopped run loses at most the shards in the making.",
+)
+@click.option("-q", "--quiet", is_flag=True, help="Print no progress and no summary.")
+def embed(
+    files: tuple[str, ...],
+    output: Path | None,
+    bundle: Path | None,
+    backend: str,
+    precision: str,
+    allow_rejects: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Embed images and texts, and write one file of vectors.
+
+    FILE is a list (any text file, a .txt file too), a folder, a glob in quotes, an image, a .jsonl or .parquet file, or
+    - for standard input. Each line of a list names an image, or a .txt file that holds one text; with --texts each line
+    is itself a text. Paths are looked up in the working directory, then in the list's folder. Empty lines are skipped,
+    and so are lines that start with # in lists of files.
+
+    Inputs that cannot be embedded are listed in OUTPUT.rejects.jsonl, and the exit status is then 1. A run that was
+    stopped, even killed, goes on when the same command is given again; until it ends its work lies in OUTPUT.parts,
+    which takes as much room as the output. The name of the output is printed on stdout.
+
+    \b
+    Examples:
+      longclip-rt embed files.txt
+      longclip-rt embed photos/ -o photos.parquet
+      longclip-rt embed captions.txt --texts -o captions.npy --dtype float16
+      longclip-rt embed pairs.jsonl --texts --column long_caption --no-truncate
+      find . -name '*.jpg' | longclip-rt embed - -o all.parquet --allow-rejects
+    """
+    try:
+        from longclip_rt.pipeline import EmbedOptions, embed_files, plan_embedding
+
+        settings = EmbedOptions(**options)
+        # A slip in a name should show before a model is loaded.
+        plan_embedding(files, output, settings)
+        from longclip_rt.runtime import Embedder
+
+        embedder = Embedder.from_bundle(bundle, backend=backend, precision=precision)
+        with _Bar(quiet) as bar:
+            report = embed_files(files, output, embedder, settings, bar)
+    except KeyboardInterrupt:
+        click.echo("Stopped. Give the same command again to go on, or add --restart to begin anew.", err=True)
+        click.get_current_context().exit(130)
+    if not quiet:
+        click.echo(_summary(report), err=True)
+    click.echo(report.output)
+    if report.rejects is not None and not allow_rejects:
+        click.get_current_context().exit(1)
+
+
+def _summary(report: EmbedReport) -> str:
+    """What was done, in a few lines."""
+    totals, skipped = report.totals, report.skipped
+    lines = [
+        f"{report.output}: {_count(totals.rows, 'row')}, {_count(totals.images, 'image')} and "
+        f"{_count(totals.texts, 'text')}, {totals.truncated:,} of them truncated."
+    ]
+    if report.rejects is not None:
+        lines.append(f"{_count(totals.rejects, 'reject')}, listed in {report.rejects}.")
+    counts = ((skipped.empty, "empty line"), (skipped.comments, "comment"), (skipped.others, "other file"))
+    left_out = [_count(count, name) for count, name in counts if count]
+    if left_out:
+        lines.append(f"Skipped: {', '.join(left_out)}.")
+    if report.embedded:
+        rate = report.embedded / max(report.seconds, 1e-9)
+        lines.append(f"{_count(report.embedded, 'input')} in {report.seconds:.1f} s: {rate:.1f} a second.")
+    else:
+        lines.append("Nothing was left to embed.")
+    return "\n".join(lines)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -1,0 +1,94 @@
+"""Whether work may begin, go on, or is done already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from longclip_rt.errors import OutputError, ResumeError
+from longclip_rt.files import sha256_of_json
+from longclip_rt.outputs import FORMATS, PREFIX, OutputFiles, read_metadata
+from longclip_rt.shards import Totals, Workspace
+
+
+def fingerprint_of(state: Mapping[str, str]) -> str:
+    """The SHA-256 that an output made in this state carries."""
+    return sha256_of_json(dict(state))
+
+
+def take_up(workspace: Workspace, state: dict[str, str], *, overwrite: bool, restart: bool) -> Totals | None:
+    """Prepares a workspace for work, where it can be begun or gone on with.
+
+    Args:
+        workspace: Of the output, entered.
+        state: All that the output's bytes depend on, in words.
+        overwrite: Whether an existing output may be replaced.
+        restart: Whether begun work is discarded.
+
+    Returns:
+        The totals when the output is complete already, else None.
+
+    Raises:
+        ResumeError: When work was begun with another state; the message names the fields.
+        OutputError: When the output exists with another state and may not be replaced.
+    """
+    files = workspace.files
+    if restart:
+        workspace.discard()
+    begun = workspace.begun()
+    if begun is not None and begun != state:
+        raise ResumeError(
+            f"{str(workspace.folder)!r} holds work that was begun differently: {_difference(begun, state)}. Repeat the "
+            "command as it was to go on with it, or add --restart to discard it."
+        )
+    if begun is not None and workspace.is_ready():
+        workspace.publish()
+        return Totals.from_metadata(read_metadata(files.main), PREFIX)
+    _check_sidecar(files)
+    existing = [path for path in files.all if path.exists() and path != files.rejects]
+    if existing and not overwrite:
+        metadata = _metadata_or_none(files.main) or {}
+        if metadata.get(PREFIX + "fingerprint") == fingerprint_of(state):
+            workspace.discard()
+            return Totals.from_metadata(metadata, PREFIX)
+        made = {key.removeprefix(PREFIX): value for key, value in metadata.items()}
+        difference = _difference(made, state) if metadata else "it is not an output of this program"
+        raise OutputError(f"{str(existing[-1])!r} exists already ({difference}). Add --overwrite to replace it.")
+    if begun is None:
+        workspace.begin(state)
+    return None
+
+
+def _check_sidecar(files: OutputFiles) -> None:
+    """Refuses to take the `.meta.json` from another output of the same stem: `a.npy` and `a.jsonl` would share it."""
+    for suffix in FORMATS:
+        other = OutputFiles.from_path(files.main.with_suffix(suffix))
+        if other != files and other.meta is not None and other.meta == files.meta and _metadata_or_none(other.main):
+            raise OutputError(f"{str(files.meta)!r} belongs to {str(other.main)!r}. Choose another stem with -o.")
+
+
+def _metadata_or_none(path: Path) -> dict[str, str] | None:
+    try:
+        return read_metadata(path)
+    except OutputError:
+        return None
+
+
+def _difference(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """What differs between two states, in words."""
+    if before.get("inputs") != now["inputs"] and before.get("entries") == now["entries"]:
+        parts = [f"the inputs have changed (both times {now['entries']} entries)"]
+    elif before.get("inputs") != now["inputs"]:
+        parts = [f"the inputs have changed ({before.get('entries')} entries then, {now['entries']} now)"]
+    else:
+        parts = []
+    for key, value in now.items():
+        if key not in ("inputs", "entries") and before.get(key) != value:
+            parts.append(f"{key} was {before.get(key, 'not set')} and now is {value}")
+    parts += [f"{key} was {before[key]} and now is not set" for key in before if key not in now and not _counted(key)]
+    return "; ".join(parts)
+
+
+def _counted(key: str) -> bool:
+    """Whether a field of an output's metadata is a result of the work and not one of its conditions."""
+    return key == "fingerprint" or key in Totals().to_metadata()

@@ -1,0 +1,281 @@
+from __future__ import annotations
+
+import errno
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from embed_case import Stop, embed, make_inputs
+from fake_embedder import FakeEmbedder
+
+from longclip_rt.errors import InputError, OutputError, ResumeError
+from longclip_rt.outputs import OutputFiles, load_embeddings
+from longclip_rt.shards import Workspace
+
+
+@pytest.fixture(autouse=True)
+def inputs(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    make_inputs()
+    return tmp_path
+
+
+@pytest.mark.parametrize("arguments", [["out.parquet"], ["out.npy", "--overwrite"]])
+def test_killed_at_any_operation_it_goes_on_to_the_same_bytes(inputs, arguments):
+    script = Path(__file__).with_name("crash_points.py")
+    result = subprocess.run([sys.executable, script, inputs, *arguments], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    points, *stages = result.stdout.split()
+    # The kills reached the shards, the assembly, the publication and the clearing up.
+    assert int(points) > 30
+    assert {"lock", "state.json", "000001.json", "assembling", "ready", "gone"} <= set(stages)
+
+
+class StopAfterShard(Stop):
+    """Stops at the first sign of progress after a shard of `out.parquet` was committed."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(10**9, KeyboardInterrupt())
+        self.number = number
+
+    def advance(self, entries):
+        if Path(f"out.parquet.parts/{self.number:06}.json").exists():
+            raise KeyboardInterrupt
+
+
+def interrupted(shard=0, **options) -> int:
+    """Stops a run soon after a shard was committed; returns how many were."""
+    with pytest.raises(KeyboardInterrupt):
+        embed(progress=StopAfterShard(shard), **options)
+    return len(list(Path("out.parquet.parts").glob("0*.json")))
+
+
+def test_a_stopped_run_goes_on_after_its_last_whole_shard():
+    embed("unbroken.parquet")
+    whole = interrupted()
+    embedder = FakeEmbedder()
+    progress = Stop(1000, KeyboardInterrupt())
+    report = embed(embedder=embedder, progress=progress)
+    assert report.embedded == 30 - 9 * whole
+    assert progress.begun == (30, 30 - report.embedded)
+    assert "0.png" not in embedder.transform.decoded
+    assert Path("out.parquet").read_bytes() == Path("unbroken.parquet").read_bytes()
+    assert Path("out.parquet.rejects.jsonl").read_bytes() == Path("unbroken.parquet.rejects.jsonl").read_bytes()
+
+
+def test_a_damaged_shard_is_made_again():
+    embed("unbroken.parquet")
+    whole = interrupted()
+    shard = Path("out.parquet.parts/000000.parquet")
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    assert embed().embedded == 30 - 9 * (whole - 1)
+    assert Path("out.parquet").read_bytes() == Path("unbroken.parquet").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "float16"}, "dtype was float32 and now is float16"),
+        ({"truncate": False}, "truncate was true and now is false"),
+        ({"batch_size": 2}, "batch_size was 4 and now is 2"),
+        ({"shard_size": 10}, "shard_size was 9 and now is 10"),
+        ({"embedder": FakeEmbedder(precision="bf16")}, "precision was fp32 and now is bf16"),
+        ({"embedder": FakeEmbedder(pca="x")}, "pca was not set and now is x"),
+        ({"sources": ["other.txt"]}, r"the inputs have changed \(30 entries then, 3 now\)"),
+    ],
+)
+def test_other_options_refuse_to_go_on_and_say_which(change, message):
+    interrupted()
+    with pytest.raises(ResumeError, match=message + ".*--restart"):
+        embed(**change)
+    # The refusal leaves the work as it was.
+    assert embed().embedded < 30
+
+
+def test_a_changed_list_refuses_to_go_on():
+    interrupted()
+    Path("files.txt").write_text(Path("files.txt").read_text().replace("data/4.png", "data/5.png"))
+    with pytest.raises(ResumeError, match=r"inputs have changed \(both times 30 entries\)"):
+        embed()
+    report = embed(restart=True)
+    assert report.embedded == 30
+
+
+def test_workers_and_paths_as_typed_are_no_reason_to_refuse(inputs):
+    interrupted()
+    assert embed(sources=[str(Path("./files.txt"))], workers=5).embedded < 30
+
+
+def test_an_output_that_is_complete_is_left_alone():
+    first = embed()
+    before = Path("out.parquet").stat().st_mtime_ns
+    embedder = FakeEmbedder()
+    second = embed(embedder=embedder)
+    assert embedder.shapes == []
+    assert (second.totals, second.embedded, second.rejects) == (first.totals, 0, first.rejects)
+    assert Path("out.parquet").stat().st_mtime_ns == before
+    assert not Path("out.parquet.parts").exists()
+
+
+def test_an_output_of_other_work_is_not_replaced_unasked():
+    embed(sources=["other.txt"])
+    before = Path("out.parquet").read_bytes()
+    with pytest.raises(OutputError, match=r"exists already \(the inputs have changed \(3 .* --overwrite"):
+        embed()
+    assert Path("out.parquet").read_bytes() == before
+    assert embed(overwrite=True).totals.rows == 28
+
+
+@pytest.mark.parametrize("name", ["out.parquet", "out.npy", "out.meta.json", "out.ids.jsonl"])
+def test_a_file_of_somebody_else_is_not_replaced_unasked(name):
+    Path(name).write_text("precious")
+    with pytest.raises(OutputError, match=f"'{name}' exists already .it is not an output"):
+        embed("out.parquet" if name == "out.parquet" else "out.npy")
+    assert Path(name).read_text() == "precious"
+
+
+def test_overwriting_makes_everything_anew():
+    embed()
+    embedder = FakeEmbedder()
+    assert embed(embedder=embedder, overwrite=True).embedded == 30
+
+
+def test_two_outputs_of_one_stem_do_not_share_their_metadata():
+    embed("out.npy")
+    embed("out.parquet")
+    with pytest.raises(OutputError, match=r"'out.meta.json' belongs to 'out.npy'"):
+        embed("out.jsonl", overwrite=True)
+    assert len(load_embeddings("out.npy").ids) == 28
+
+
+def test_rejects_of_an_older_output_vanish():
+    embed()
+    Path("files.txt").write_text("data/3.png\n")
+    assert embed(overwrite=True).rejects is None
+    assert not Path("out.parquet.rejects.jsonl").exists()
+
+
+def test_an_input_that_changes_meanwhile_is_noticed():
+    class Change(Stop):
+        def begin(self, total, done, columns):
+            Path("files.txt").write_text(Path("files.txt").read_text().replace("data/13.png", "data/12.png"))
+
+    with pytest.raises(InputError, match="changed while it was being read"):
+        embed(progress=Change(1000, KeyboardInterrupt()))
+    with pytest.raises(ResumeError, match="inputs have changed"):
+        embed()
+
+
+def test_shards_of_an_input_that_changed_and_changed_back_do_not_count():
+    original = Path("files.txt").read_text()
+
+    class Change(StopAfterShard):
+        def begin(self, total, done, columns):
+            Path("files.txt").write_text(original.replace("data/0.png", "data/1.png"))
+
+    with pytest.raises(KeyboardInterrupt):
+        embed(progress=Change(0))
+    Path("files.txt").write_text(original)
+    embed()
+    embed("unbroken.parquet")
+    assert Path("out.parquet").read_bytes() == Path("unbroken.parquet").read_bytes()
+
+
+def test_standard_input_goes_on_when_it_comes_again(monkeypatch):
+    content = Path("files.txt").read_bytes()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    interrupted(sources=["-"])
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    assert embed(sources=["-"]).embedded < 30
+    assert not Path("out.parquet.parts").exists()
+
+
+def test_a_second_run_at_once_is_refused():
+    with Workspace(OutputFiles.from_path(Path("out.parquet"))), pytest.raises(OutputError, match="Another run"):
+        embed()
+    assert embed().totals.rows == 28
+
+
+@pytest.mark.parametrize("place", ["state.json", "000001.parquet", "000001.json", "out.parquet"])
+def test_a_full_disk_is_a_sentence_and_the_work_goes_on_later(monkeypatch, place):
+    """The file `place` cannot be written, as on a disk that is full; everything before it was."""
+    embed("unbroken.parquet")
+    opened = Path.open
+
+    class Full(io.FileIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def open_on_full_disk(path, mode="r", *arguments, **options):
+        if mode == "wb" and path.name.removesuffix(".tmp") == place and "out.parquet.parts" in path.parts:
+            return Full(path, "w")
+        return opened(path, mode, *arguments, **options)
+
+    with monkeypatch.context() as context:
+        context.setattr(Path, "open", open_on_full_disk)
+        with pytest.raises(OutputError, match=r"'out.parquet' cannot be written: No space left on device. Make room"):
+            embed()
+    assert not Path("out.parquet").exists()
+    assert not list(Path().glob("out.parquet.parts/*.tmp"))
+    assert not Path("out.parquet.parts/assembling").exists()
+    report = embed()
+    assert (report.embedded < 30) == (place != "state.json")
+    assert Path("out.parquet").read_bytes() == Path("unbroken.parquet").read_bytes()
+
+
+RUN = """
+import sys, types
+sys.path.insert(0, sys.argv[1])
+from fake_embedder import FakeEmbedder
+runtime = types.ModuleType("longclip_rt.runtime")
+runtime.Embedder = types.SimpleNamespace(from_bundle=lambda *a, **k: FakeEmbedder(delay=float(sys.argv[2])))
+sys.modules["longclip_rt.runtime"] = runtime
+from longclip_rt.cli import main
+main(["embed", "files.txt", "-o", "out.parquet", "--shard-size", "2", "--workers", "1", "--allow-rejects"])
+"""
+
+
+def start(delay: float) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", RUN, str(Path(__file__).parent), str(delay)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(path: str, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 30
+    while not Path(path).exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_the_command_killed_again_and_again_ends_with_the_same_bytes():
+    embed("unbroken.parquet", shard_size=2, workers=1)
+    for shard in (1, 5, 11):
+        process = start(0.03)
+        wait_for(f"out.parquet.parts/{shard:06}.json", process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert not Path("out.parquet").exists()
+    process = start(0)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, "out.parquet\n"), err
+    assert "Going on" in err
+    assert Path("out.parquet").read_bytes() == Path("unbroken.parquet").read_bytes()
+
+
+def test_control_c_says_how_to_go_on():
+    process = start(0.1)
+    wait_for("out.parquet.parts/000001.json", process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert "Give the same command again to go on" in err
+    assert "Traceback" not in err
+    assert Path("out.parquet.parts/state.json").exists()
+    assert embed(shard_size=2).embedded < 30
