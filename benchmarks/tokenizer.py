@@ -2,11 +2,11 @@
 
     python benchmarks/tokenizer.py
 
-Texts are the lines of mixed_lengths.txt with every tenth word replaced by a random one of the vocabulary, so that
-neither side finds every word in its cache. The second corpus adds an accent, curly quotes and an HTML entity to each
-text, which is what sends it through ftfy on our side too. Both sides produce ids for a context of 248 tokens; the
-reference also fills a tensor, which is left out here by timing its `encode` alone. All ways take turns after one round
-of warming up, and the ids are compared first. Writes results/tokenizer.csv.
+Three corpora. "plain": the lines of mixed_lengths.txt in ASCII, with every tenth word replaced by a random one of the
+vocabulary. "repaired": the same with an accent, curly quotes and an HTML entity in each text, which send it through
+ftfy on our side too. "unseen": ten random words a text, other ones in every round, so that nothing is remembered. Both
+sides start with empty caches and warm them in a round that is not counted; all ways take turns. The ids are compared
+first. The reference's conversion to a tensor is left out. Writes results/tokenizer.csv.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import argparse
 import os
 import random
 import statistics
+import string
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-# One call of ours would otherwise use every core, and the comparison is per core.
+# One call of ours would otherwise encode unseen words on every core, and the comparison is per core.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from common import median_ratio, rates_in_turns, save_table
@@ -32,60 +33,82 @@ from longclip_rt.tokenizer import Tokenizer
 CHUNK = 250
 
 
-def corpora(count: int, reference: SimpleTokenizer) -> dict[str, list[str]]:
-    """Plain captions, and the same with characters that need cleaning."""
-    lines = Path(__file__).with_name("mixed_lengths.txt").read_text(encoding="utf-8").splitlines()
-    words_of_one_token = [token[:-4] for token in reference.encoder if token.endswith("</w>")]
-    ascii_words = [word for word in words_of_one_token if word.isascii() and word.isalpha()]
+def corpora(texts: int, turns: int, vocabulary: Sequence[str]) -> dict[str, list[list[str]]]:
+    """The texts of each turn, for each corpus."""
     rng = random.Random(0)
+    path = Path(__file__).with_name("mixed_lengths.txt")
+    lines = path.read_text(encoding="utf-8").encode("ascii", "ignore").decode().splitlines()
+    single_tokens = [token.removesuffix("</w>") for token in vocabulary if token.endswith("</w>")]
+    words = [word for word in single_tokens if word.isascii() and word.isalpha()]
+
     plain = []
-    for index in range(count):
-        words = lines[index % len(lines)].split()
-        for place in range(rng.randrange(10), len(words), 10):
-            words[place] = rng.choice(ascii_words)
-        plain.append(" ".join(words))
-    awkward = [f"{text} \u201cCaf\u00e9\u201d &amp; bar" for text in plain]
-    return {"plain": plain, "accents, quotes, entities": awkward}
+    for index in range(texts):
+        text = lines[index % len(lines)].split()
+        for place in range(rng.randrange(10), len(text), 10):
+            text[place] = rng.choice(words)
+        plain.append(" ".join(text))
+    repaired = [f"{text} \u201cCaf\u00e9\u201d &amp; bar" for text in plain]
+
+    def unseen() -> str:
+        return " ".join("".join(rng.choices(string.ascii_lowercase, k=rng.randint(6, 12))) for _ in range(10))
+
+    return {
+        "plain": [plain] * turns,
+        "repaired": [repaired] * turns,
+        "unseen": [[unseen() for _ in range(texts)] for _ in range(turns)],
+    }
+
+
+def measured(corpus: str, turns: list[list[str]], bundle_file: Path, threads: int) -> list[dict[str, object]]:
+    """Rates of the reference, of one thread and of several on one corpus, whose first turn warms up."""
+    reference, alone, shared = SimpleTokenizer(), Tokenizer.from_file(bundle_file), Tokenizer.from_file(bundle_file)
+    lengths = [tokens.length for tokens in Tokenizer.from_file(bundle_file).encode(turns[0])]
+    if lengths != [len(reference.encode(text)) + 2 for text in turns[0]]:
+        raise SystemExit(f"the ids of the corpus {corpus!r} differ from the reference's")
+
+    def chunks(texts: list[str]) -> list[list[str]]:
+        return [texts[start : start + CHUNK] for start in range(0, len(texts), CHUNK)]
+
+    def over_turns(way: Callable[[list[str]], object]) -> tuple[Callable[[], object], int]:
+        remaining = iter(turns)
+        return lambda: way(next(remaining)), len(turns[0])
+
+    with ThreadPoolExecutor(threads) as pool:
+        rates = rates_in_turns(
+            {
+                "reference": over_turns(lambda texts: [reference.encode(text) for text in texts]),
+                "ours, 1 thread": over_turns(lambda texts: [alone.encode(chunk) for chunk in chunks(texts)]),
+                f"ours, {threads} threads": over_turns(lambda texts: list(pool.map(shared.encode, chunks(texts)))),
+            },
+            len(turns) - 1,
+        )
+    return [
+        {
+            "corpus": corpus,
+            "tokens a text": round(statistics.mean(lengths)),
+            "tokenizer": name,
+            "texts/s": round(statistics.median(rate)),
+            "times the reference": round(median_ratio(rate, rates["reference"]), 2),
+        }
+        for name, rate in rates.items()
+    ]
 
 
 def main() -> None:
     """Measures, prints and saves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=int, default=2000, help="texts a corpus")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7, help="rounds that count")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
 
-    reference = SimpleTokenizer(context_length=248)
+    vocabulary = list(SimpleTokenizer().encoder)
+    rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "tokenizer.json"
-        path.write_text(tokenizer_json(), encoding="utf-8")
-        ours = Tokenizer.from_file(path)
-
-    rows = []
-    with ThreadPoolExecutor(options.threads) as pool:
-        for corpus, texts in corpora(options.texts, reference).items():
-            lengths = [tokens.length for tokens in ours.encode(texts)]
-            if lengths != [len(reference.encode(text)) + 2 for text in texts]:
-                raise SystemExit(f"the ids of {corpus} differ from the reference")
-            chunks = [texts[start : start + CHUNK] for start in range(0, len(texts), CHUNK)]
-            threads = f"ours, {options.threads} threads"
-            ways: dict[str, Callable[[], object]] = {
-                "reference": lambda texts=texts: [reference.encode(text) for text in texts],
-                "ours, 1 thread": lambda chunks=chunks: [ours.encode(chunk) for chunk in chunks],
-                threads: lambda chunks=chunks: list(pool.map(ours.encode, chunks)),
-            }
-            rates = rates_in_turns({name: (run, len(texts)) for name, run in ways.items()}, options.rounds)
-            for name, measured in rates.items():
-                rows.append(
-                    {
-                        "corpus": corpus,
-                        "tokens a text": round(statistics.mean(lengths)),
-                        "tokenizer": name,
-                        "texts/s": round(statistics.median(measured)),
-                        "times the reference": round(median_ratio(measured, rates["reference"]), 2),
-                    }
-                )
+        bundle_file = Path(folder) / "tokenizer.json"
+        bundle_file.write_text(tokenizer_json(), encoding="utf-8")
+        for corpus, turns in corpora(options.texts, options.rounds + 1, vocabulary).items():
+            rows += measured(corpus, turns, bundle_file, options.threads)
     save_table("tokenizer", rows)
 
 

@@ -16,6 +16,10 @@ Written by `make docs` from the commands' own help; do not edit.
 """
 
 
+# Independent of the terminal in which it is written.
+_SETTINGS = {**longclip_rt.context_settings, "terminal_width": 100, "max_content_width": 100}
+
+
 def commands_reference() -> str:
     """The reference: the help of `longclip-rt` and of each command, as Markdown."""
     parent = Context(longclip_rt, info_name="longclip-rt", **_SETTINGS)
@@ -26,10 +30,6 @@ def commands_reference() -> str:
         context = Context(command, info_name=name, parent=parent, **_SETTINGS)
         sections.append(_section(f"longclip-rt {name}", command, context))
     return "\n".join(sections)
-
-
-# Independent of the terminal in which it is written.
-_SETTINGS = {"terminal_width": 100, "max_content_width": 100}
 
 
 def _section(title: str, command: Command, context: Context) -> str:

@@ -194,9 +194,13 @@ def _free_directory(checkpoint: Checkpoint) -> Path:
     return next(directory for directory in candidates if not directory.exists())
 
 
+def _transform(checkpoint: Checkpoint) -> ImageTransform:
+    return ImageTransform(checkpoint.architecture.image_size, checkpoint.image_mean, checkpoint.image_std)
+
+
 def _sample(staging: Path, checkpoint: Checkpoint) -> Sample:
     tokenizer = Tokenizer.from_file(staging / TOKENIZER, checkpoint.architecture.context_length)
-    transform = ImageTransform(checkpoint.architecture.image_size)
+    transform = _transform(checkpoint)
     tokens = [entry.ids for entry in tokenizer.encode(parity_texts(tokenizer))]
     return Sample(tokens, np.stack([transform(photo) for photo in example_photos()]))
 
@@ -219,7 +223,7 @@ def _manifest_fields(
     checkpoint: Checkpoint, options: ExportOptions, text: TextTower, image: ImageTower
 ) -> dict[str, Any]:
     architecture = checkpoint.architecture
-    transform = ImageTransform(architecture.image_size)
+    transform = _transform(checkpoint)
     local = Path(options.weights)
     return {
         "name": architecture.name,

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from longclip_rt.architecture import EOT, Architecture
-from longclip_rt.atomic import output_errors
 from longclip_rt.checkpoint import Checkpoint
 from longclip_rt.errors import OutputError
 from longclip_rt.extras import require
-from longclip_rt.files import directory_in_the_making
+from longclip_rt.files import directory_in_the_making, output_errors
 from longclip_rt.tokenizer import END, START
 from longclip_rt.weights.naming import SECOND_TABLE, huggingface_names
 

@@ -15,9 +15,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from longclip_rt.commands.search import search as command
+from longclip_rt.embedding.outputs import OutputFiles, table_from_rows, write_output
 from longclip_rt.embeddings import Embeddings
 from longclip_rt.errors import BundleError, InputError, OutputError
-from longclip_rt.outputs import OutputFiles, table_from_rows, write_output
 from longclip_rt.search import Hit, kind_of_query, search, search_query
 
 PHOTO = Path(__file__).parent.parent / "examples" / "photos" / "coffee.jpg"

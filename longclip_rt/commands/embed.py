@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from longclip_rt.pipeline import EmbedReport
+    from longclip_rt.embedding.pipeline import EmbedReport
 
 _SUFFIXES = (".parquet", ".npy", ".jsonl")
 # A progress bar that appears in a log file only after this many seconds, and then has this many between its updates.
@@ -173,7 +173,7 @@ def embed(
       find . -name '*.jpg' | longclip-rt embed - -o all.parquet --allow-rejects
     """
     try:
-        from longclip_rt.pipeline import EmbedOptions, embed_files, plan_embedding
+        from longclip_rt.embedding.pipeline import EmbedOptions, embed_files, plan_embedding
 
         settings = EmbedOptions(**options)
         # A slip in a name should show before a model is loaded.

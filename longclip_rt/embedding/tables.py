@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from longclip_rt.entries import CLIPPED, Entry, Line, Reading
+from longclip_rt.embedding.entries import CLIPPED, Entry, Line, Reading
 from longclip_rt.errors import InputError
 
 logger = logging.getLogger("longclip_rt")

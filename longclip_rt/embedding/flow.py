@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from longclip_rt.batching import plan_batches
-from longclip_rt.entries import Entry
+from longclip_rt.embedding.entries import Entry
+from longclip_rt.embedding.tasks import Encoder, crop, encode_images, encode_texts, tokenize
 from longclip_rt.errors import BackendError, InputError
-from longclip_rt.tasks import Encoder, crop, encode_images, encode_texts, tokenize
 
 if TYPE_CHECKING:
     from longclip_rt.tokenizer import Tokens

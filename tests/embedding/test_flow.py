@@ -8,8 +8,8 @@ import pytest
 from fake_embedder import FakeEmbedder
 from PIL import Image
 
-from longclip_rt.entries import Entry
-from longclip_rt.flow import Flow, FlowOptions
+from longclip_rt.embedding.entries import Entry
+from longclip_rt.embedding.flow import Flow, FlowOptions
 
 
 @pytest.fixture(autouse=True)

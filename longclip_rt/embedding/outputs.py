@@ -13,9 +13,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from longclip_rt.atomic import sync_file
 from longclip_rt.embeddings import Embeddings, iter_embeddings, load_embeddings, read_metadata
 from longclip_rt.errors import OutputError
+from longclip_rt.files import sync_file
 
 __all__ = [
     "DTYPES",

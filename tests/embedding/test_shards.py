@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from longclip_rt.embedding.lock import lock_folder
+from longclip_rt.embedding.outputs import OutputFiles, load_embeddings, table_from_rows
+from longclip_rt.embedding.shards import Totals, Workspace
 from longclip_rt.errors import OutputError, ResumeError
-from longclip_rt.lock import lock_folder
-from longclip_rt.outputs import OutputFiles, load_embeddings, table_from_rows
-from longclip_rt.shards import Totals, Workspace
 
 DIM = 3
 METADATA = {"fingerprint": "f", "format": ".parquet", "dim": str(DIM), "dtype": "float32"}
@@ -138,7 +138,7 @@ def test_a_file_in_the_way_is_left_alone(tmp_path):
 
 def test_a_second_run_is_refused_and_told_which_is_the_first(tmp_path):
     files = OutputFiles.from_path(tmp_path / "out.parquet")
-    code = "import sys; from longclip_rt.lock import lock_folder; from pathlib import Path; "
+    code = "import sys; from longclip_rt.embedding.lock import lock_folder; from pathlib import Path; "
     code += "lock = lock_folder(Path(sys.argv[1]), ''); print('locked', flush=True); sys.stdin.read()"
     folder = tmp_path / "out.parquet.parts"
     first = subprocess.Popen([sys.executable, "-c", code, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE)

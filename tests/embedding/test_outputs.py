@@ -8,9 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from longclip_rt.atomic import output_errors, whole_file
-from longclip_rt.errors import OutputError
-from longclip_rt.outputs import (
+from longclip_rt.embedding.outputs import (
     FORMATS,
     OutputFiles,
     iter_embeddings,
@@ -20,6 +18,8 @@ from longclip_rt.outputs import (
     table_from_rows,
     write_output,
 )
+from longclip_rt.errors import OutputError
+from longclip_rt.files import output_errors, whole_file
 
 DIM = 5
 

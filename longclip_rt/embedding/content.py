@@ -6,7 +6,7 @@ import codecs
 import stat
 from pathlib import Path
 
-from longclip_rt.entries import MAX_TEXT_BYTES, Entry
+from longclip_rt.embedding.entries import MAX_TEXT_BYTES, Entry
 from longclip_rt.errors import InputError
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from longclip_rt.content import locate, read_text
-from longclip_rt.entries import Entry
+from longclip_rt.embedding.content import locate, read_text
+from longclip_rt.embedding.entries import Entry
 from longclip_rt.errors import InputError
 from longclip_rt.tokenizer import pad_tokens
 

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from longclip_rt.entries import Entry, EntryDigest, Line, Reading, Tally, is_url, lines_from_stream
+from longclip_rt.embedding.entries import Entry, EntryDigest, Line, Reading, Tally, is_url, lines_from_stream
+from longclip_rt.embedding.tables import entries_from_jsonl, entries_from_parquet
 from longclip_rt.errors import InputError
-from longclip_rt.tables import entries_from_jsonl, entries_from_parquet
 
 _IMAGE_SUFFIX = re.compile(r"\.(jpe?g|jpe|jfif|png|gif|bmp|webp|tiff?|p[bgpn]m|jp2|avif|tga|ico)")
 _IMAGE_HEADS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")

@@ -17,7 +17,7 @@ import pyarrow.parquet  # noqa: F401
 from fake_embedder import FakeEmbedder
 from PIL import Image
 
-from longclip_rt.pipeline import EmbedOptions, embed_files
+from longclip_rt.embedding.pipeline import EmbedOptions, embed_files
 
 OPERATIONS = ("fsync", "replace", "rename", "unlink", "rmdir", "mkdir")
 

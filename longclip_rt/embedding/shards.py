@@ -25,10 +25,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from types import TracebackType
 from typing import Any, BinaryIO, TypeVar
 
-from longclip_rt.atomic import output_errors, sync_file, sync_folder, whole_file
+from longclip_rt.embedding.lock import lock_folder
+from longclip_rt.embedding.outputs import OutputFiles, json_line, write_output, write_table
 from longclip_rt.errors import OutputError, ResumeError
-from longclip_rt.lock import lock_folder
-from longclip_rt.outputs import OutputFiles, json_line, write_output, write_table
+from longclip_rt.files import output_errors, sync_file, sync_folder, whole_file
 
 logger = logging.getLogger("longclip_rt")
 

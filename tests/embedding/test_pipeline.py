@@ -9,10 +9,10 @@ from embed_case import Stop, embed, make_inputs, rejects
 from fake_embedder import FakeEmbedder
 from PIL import Image
 
-from longclip_rt.entries import Entry
+from longclip_rt.embedding.entries import Entry
+from longclip_rt.embedding.outputs import load_embeddings
+from longclip_rt.embedding.pipeline import EmbedOptions, plan_embedding, shards_from_entries
 from longclip_rt.errors import BackendError, InputError, OutputError
-from longclip_rt.outputs import load_embeddings
-from longclip_rt.pipeline import EmbedOptions, plan_embedding, shards_from_entries
 
 
 @pytest.fixture(autouse=True)
@@ -215,7 +215,7 @@ def test_options_that_make_no_sense_are_refused(options):
 
 
 def test_shards_are_bounded_by_the_size_of_their_ids(monkeypatch):
-    monkeypatch.setattr("longclip_rt.pipeline.MAX_SHARD_BYTES", 100)
+    monkeypatch.setattr("longclip_rt.embedding.pipeline.MAX_SHARD_BYTES", 100)
     entries = [Entry(line, "x" * size, "text", True) for line, size in enumerate([10, 10, 95, 10, 10, 10, 200, 1])]
     assert [[entry.line for entry in shard] for shard in shards_from_entries(entries, 3)] == [
         [0, 1, 2],

@@ -9,7 +9,7 @@ from pathlib import Path
 from fake_embedder import FakeEmbedder
 from PIL import Image
 
-from longclip_rt.pipeline import EmbedOptions, embed_files
+from longclip_rt.embedding.pipeline import EmbedOptions, embed_files
 
 WORDS = ["a", "red", "cup", "of", "black", "coffee", "stands", "beside", "the", "window"]
 
