@@ -1,17 +1,22 @@
-"""How fast is the tokenizer against open_clip's SimpleTokenizer, on one core and with worker threads?
+"""How fast is the tokenizer against open_clip's SimpleTokenizer, on one core and as `longclip-rt embed` uses it?
 
     python benchmarks/tokenizer.py
 
-Three corpora. "plain": the lines of mixed_lengths.txt in ASCII, with every tenth word replaced by a random one of the
+Four corpora. "plain": the lines of mixed_lengths.txt in ASCII, with every tenth word replaced by a random one of the
 vocabulary. "repaired": the same with an accent, curly quotes and an HTML entity in each text, which send it through
-ftfy on our side too. "unseen": ten random words a text, other ones in every round, so that nothing is remembered. Both
-sides start with empty caches and warm them in a round that is not counted; all ways take turns. The ids are compared
-first. The reference's conversion to a tensor is left out. Writes results/tokenizer.csv.
+repair on our side too. "mojibake": the same with its UTF-8 read as Windows-1252, which only ftfy itself can repair.
+"unseen": ten random words a text, other ones in every round, so that nothing is remembered.
+
+"ours" is `Tokenizer.encode`, in one thread and with the texts shared out over threads. "embed" is what `embed` does with
+the texts of a list: tasks of 64 in so many workers, and with more than one worker the repairs in as many processes,
+which have been started. All sides start with empty caches and warm them in a round that is not counted; all ways take
+turns. The ids are compared first. The reference's conversion to a tensor is left out. Writes results/tokenizer.csv.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import statistics
@@ -19,6 +24,7 @@ import string
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 # One call of ours would otherwise encode unseen words on every core, and the comparison is per core.
@@ -27,6 +33,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 from common import median_ratio, rates_in_turns, save_table
 from open_clip.tokenizer import SimpleTokenizer
 
+from longclip_rt.embedding.cleaners import Cleaners
+from longclip_rt.embedding.entries import Entry
+from longclip_rt.embedding.flow import TEXTS_PER_TASK
+from longclip_rt.embedding.tasks import tokenize
 from longclip_rt.export.vocabulary import tokenizer_json
 from longclip_rt.tokenizer import Tokenizer
 
@@ -48,6 +58,7 @@ def corpora(texts: int, turns: int, vocabulary: Sequence[str]) -> dict[str, list
             text[place] = rng.choice(words)
         plain.append(" ".join(text))
     repaired = [f"{text} \u201cCaf\u00e9\u201d &amp; bar" for text in plain]
+    mojibake = [f"{text} \u00e2\u20ac\u0153Caf\u00c3\u00a9\u00e2\u20ac\u2122s" for text in plain]
 
     def unseen() -> str:
         return " ".join("".join(rng.choices(string.ascii_lowercase, k=rng.randint(6, 12))) for _ in range(10))
@@ -55,33 +66,52 @@ def corpora(texts: int, turns: int, vocabulary: Sequence[str]) -> dict[str, list
     return {
         "plain": [plain] * turns,
         "repaired": [repaired] * turns,
+        "mojibake": [mojibake] * turns,
         "unseen": [[unseen() for _ in range(texts)] for _ in range(turns)],
     }
 
 
+def chunks(texts: Sequence[str], size: int) -> list[Sequence[str]]:
+    """Consecutive parts."""
+    return [texts[start : start + size] for start in range(0, len(texts), size)]
+
+
+class Embedding:
+    """Tokenizing as `embed` does it, with so many workers."""
+
+    def __init__(self, tokenizer: Tokenizer, workers: int, stack: contextlib.ExitStack) -> None:
+        self._pool = stack.enter_context(ThreadPoolExecutor(workers))
+        self._cleaners = stack.enter_context(contextlib.closing(Cleaners(workers, start_after=0.0)))
+        self._tokenizer = tokenizer
+
+    def __call__(self, texts: Sequence[str]) -> None:
+        """Tokenizes."""
+        entries = [Entry(line, text, "text", inline=True) for line, text in enumerate(texts)]
+        parts = [entries[start : start + TEXTS_PER_TASK] for start in range(0, len(entries), TEXTS_PER_TASK)]
+        list(self._pool.map(partial(tokenize, self._tokenizer, self._cleaners), parts))
+
+
 def measured(corpus: str, turns: list[list[str]], bundle_file: Path, threads: int) -> list[dict[str, object]]:
-    """Rates of the reference, of one thread and of several on one corpus, whose first turn warms up."""
-    reference, alone, shared = SimpleTokenizer(), Tokenizer.from_file(bundle_file), Tokenizer.from_file(bundle_file)
-    lengths = [tokens.length for tokens in Tokenizer.from_file(bundle_file).encode(turns[0])]
+    """Rates of all ways on one corpus, whose first turn warms up."""
+    reference, *ours = SimpleTokenizer(), *(Tokenizer.from_file(bundle_file) for _ in range(5))
+    lengths = [tokens.length for tokens in ours[0].encode(turns[0])]
     if lengths != [len(reference.encode(text)) + 2 for text in turns[0]]:
         raise SystemExit(f"the ids of the corpus {corpus!r} differ from the reference's")
-
-    def chunks(texts: list[str]) -> list[list[str]]:
-        return [texts[start : start + CHUNK] for start in range(0, len(texts), CHUNK)]
 
     def over_turns(way: Callable[[list[str]], object]) -> tuple[Callable[[], object], int]:
         remaining = iter(turns)
         return lambda: way(next(remaining)), len(turns[0])
 
-    with ThreadPoolExecutor(threads) as pool:
-        rates = rates_in_turns(
-            {
-                "reference": over_turns(lambda texts: [reference.encode(text) for text in texts]),
-                "ours, 1 thread": over_turns(lambda texts: [alone.encode(chunk) for chunk in chunks(texts)]),
-                f"ours, {threads} threads": over_turns(lambda texts: list(pool.map(shared.encode, chunks(texts)))),
-            },
-            len(turns) - 1,
-        )
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(threads))
+        ways: dict[str, Callable[[list[str]], object]] = {
+            "reference": lambda texts: [reference.encode(text) for text in texts],
+            "ours, 1 thread": lambda texts: [ours[1].encode(chunk) for chunk in chunks(texts, CHUNK)],
+            f"ours, {threads} threads": lambda texts: list(pool.map(ours[2].encode, chunks(texts, CHUNK))),
+            "embed, 1 worker": Embedding(ours[3], 1, stack),
+            f"embed, {threads} workers": Embedding(ours[4], threads, stack),
+        }
+        rates = rates_in_turns({name: over_turns(way) for name, way in ways.items()}, len(turns) - 1)
     return [
         {
             "corpus": corpus,
@@ -89,6 +119,7 @@ def measured(corpus: str, turns: list[list[str]], bundle_file: Path, threads: in
             "tokenizer": name,
             "texts/s": round(statistics.median(rate)),
             "times the reference": round(median_ratio(rate, rates["reference"]), 2),
+            "times 1 worker": round(median_ratio(rate, rates["embed, 1 worker"]), 2) if "embed" in name else "",
         }
         for name, rate in rates.items()
     ]

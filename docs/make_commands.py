@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from click import Command, Context
 
 from longclip_rt.cli import COMMANDS, longclip_rt
-
-TARGET = Path(__file__).parent / "commands.md"
 
 _HEAD = """# Commands
 
@@ -37,4 +36,5 @@ def _section(title: str, command: Command, context: Context) -> str:
 
 
 if __name__ == "__main__":
-    TARGET.write_text(commands_reference(), encoding="utf-8")
+    target = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "commands.md"
+    target.write_text(commands_reference(), encoding="utf-8")

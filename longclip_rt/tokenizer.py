@@ -8,17 +8,15 @@ newer one. Such a character counts as punctuation here, which changes the ids on
 or punctuation. `tests/test_tokenizer.py` computes the set for the installed versions and holds every other code point
 to equality.
 
-Cleaning is the reference's own sequence in Python, without ftfy where it provably changes nothing. No token spans a
-blank, so each different word of a batch is looked up once: Arrow finds the words, byte-pair encoding of those not met
-before runs in Rust, both without the GIL.
+Cleaning is the reference's own sequence (`longclip_rt.cleaning`). No token spans a blank, so each different word of a
+batch is looked up once: Arrow finds the words, byte-pair encoding of those not met before runs in Rust, both without
+the GIL.
 """
 
 from __future__ import annotations
 
-import html
 import itertools
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from longclip_rt.cleaning import needs_repair, repair_text
 from longclip_rt.errors import BundleError, InputError, LongClipError
 
 if TYPE_CHECKING:
@@ -36,12 +35,6 @@ START = "<start_of_text>"
 END = "<end_of_text>"
 WORD_END = "</w>"
 PAD_ID = 0
-
-# On these characters ftfy does nothing but decode HTML entities and rewrite line ends, which the white-space collapse
-# undoes. The other ASCII control characters are left out because ftfy deletes them or reads terminal escapes from them.
-_PLAIN = re.compile(r"[\t\n\r -~]*")
-# An ampersand before white space or at the end begins no entity, neither for ftfy nor for html.unescape.
-_ENTITY = re.compile(r"&\S")
 
 # Bounds of memory: text handled at once; words in one call into Rust, which needs 100 bytes for every character; and
 # words remembered, at some 200 bytes each.
@@ -148,8 +141,18 @@ class Tokenizer:
         """
         if isinstance(texts, str):
             texts = [texts]
-        cleaned = [_clean(text, index) for index, text in enumerate(texts)]
-        return [tokens for group in _groups(cleaned) for tokens in self._encode_group(group)]
+        return self.encode_cleaned([_clean(text, index) for index, text in enumerate(texts)])
+
+    def encode_cleaned(self, texts: Iterable[str]) -> list[Tokens]:
+        """Tokenizes texts that need no cleaning any more, for callers who clean elsewhere.
+
+        Args:
+            texts: Each one a text that needs no repair, or the answer of `longclip_rt.cleaning.repair_text`.
+
+        Returns:
+            One `Tokens` a text, in order.
+        """
+        return [tokens for group in _groups(texts) for tokens in self._encode_group(group)]
 
     def __call__(self, texts: Sequence[str], truncate: bool = True) -> npt.NDArray[np.int32]:
         """Tokenizes texts into the reference's layout.
@@ -175,11 +178,11 @@ class Tokenizer:
         return pad_tokens([item.ids for item in tokens], self.context_length)
 
     def _encode_group(self, texts: list[str]) -> Iterator[Tokens]:
-        """Encodes what `_clean` returned: ids of each different word, then of all in their order, cut into texts."""
+        """Encodes cleaned texts: ids of each different word, then of all in their order, cut into texts."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        # In texts that went through Python's cleaning both steps find nothing more to change.
+        # In texts that were repaired both steps find nothing more to change.
         words = pc.ascii_split_whitespace(pc.ascii_lower(pa.array(texts, pa.large_string())))
         encoded = words.values.dictionary_encode()
         found = self._ids_of_words(encoded.dictionary.to_pylist())
@@ -260,22 +263,9 @@ def pad_tokens(tokens: Sequence[npt.NDArray[np.int32]], length: int) -> npt.NDAr
 
 
 def _clean(text: str, index: int) -> str:
-    """Cleans a text as the reference does: ftfy, HTML entities twice, white space, lower case.
-
-    Plain text, which is most text, needs only the last two, and those are left to Arrow.
-    """
     if not isinstance(text, str):
         raise InputError(f"Text {index} is of type {type(text).__name__}; expected str.")
-    if _PLAIN.fullmatch(text) and not ("&" in text and _ENTITY.search(text)):
-        return text
-    import ftfy
-
-    try:
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    except ValueError as error:
-        # Python refuses to convert integers of more than 4300 digits, in the reference as well.
-        raise InputError(f"Text {index} holds a character reference that cannot be decoded: {error}.") from error
-    return " ".join(text.split()).lower()
+    return repair_text(text, f"Text {index}") if needs_repair(text) else text
 
 
 def _groups(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from longclip_rt.checkpoint import Checkpoint
 
 AnyTower = TypeVar("AnyTower", bound="_Tower")
+Pick = Callable[[Tensor], Tensor]
 
 
 class Block(nn.Module):
@@ -45,22 +46,34 @@ class Block(nn.Module):
         dtype: torch.dtype = self.block.ln_1.weight.dtype
         return dtype
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps tokens [B, S, W] of any float dtype to tokens [B, S, W] in the block's dtype."""
+    def forward(self, x: Tensor, pick: Pick | None = None) -> Tensor:
+        """Maps tokens [B, S, W] of any float dtype to tokens in the block's dtype.
+
+        Args:
+            x: The tokens.
+            pick: Takes the one token of each row that will be used, [B, S, W] to [B, W]. What follows the attention acts
+                on each token alone, so with `pick` three quarters of the block are computed for that token only.
+
+        Returns:
+            [B, S, W], or [B, W] with `pick`.
+        """
         x = x.to(self.dtype)
-        x = x + self._attention(self.block.ln_1(x))
+        mixed = self._mixed(self.block.ln_1(x))
+        if pick is not None:
+            x, mixed = pick(x), pick(mixed)
+        x = x + self.block.attn.out_proj(mixed)
         mlp: Tensor = self.block.mlp(self.block.ln_2(x))
         return x + mlp
 
-    def _attention(self, x: Tensor) -> Tensor:
+    def _mixed(self, x: Tensor) -> Tensor:
+        """Attention up to its output projection, [B, S, W] to [B, S, W]."""
         attn = self.block.attn
         qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias).chunk(3, dim=-1)  # three of [B, S, W]
         batch, length, width = x.shape
         split = (batch, length, self.heads, width // self.heads)
         q, k, v = (part.reshape(split).transpose(1, 2) for part in qkv)  # [B, heads, S, W / heads]
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        out: Tensor = attn.out_proj(mixed.transpose(1, 2).flatten(2))  # [B, S, W]
-        return out
+        return mixed.transpose(1, 2).flatten(2)  # [B, S, W]
 
 
 class _Tower(nn.Module):
@@ -113,19 +126,29 @@ class _Tower(nn.Module):
             raise LongClipError(f"Outputs are named once each, and at least one; got {list(names)}.")
         return names
 
-    def _run_blocks(self, x: Tensor) -> list[Tensor]:
-        """Runs the blocks on [B, S, W]; returns their inputs and, last, the output: one state more than blocks."""
+    def _run_blocks(self, x: Tensor, pick: Pick) -> tuple[list[Tensor], Tensor]:
+        """Runs the blocks on tokens [B, S, W].
+
+        Returns:
+            The blocks' inputs and, last, the output: one state more than blocks, or as many where no chosen output
+            holds all of the last block's tokens. And the token of each row that `pick` takes from the output, [B, W].
+        """
         states = [x]
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             states.append(block(states[-1]))
-        return states
+        last = self.blocks[-1]
+        if not {"last_hidden_state", "hidden_states.-1"}.isdisjoint(self.outputs):
+            states.append(last(states[-1]))
+            return states, pick(states[-1])
+        return states, last(states[-1], pick)
 
     def _named(self, states: list[Tensor], parts: dict[str, Callable[[], Tensor]]) -> tuple[Tensor, ...]:
         """The chosen outputs in order, each float32; what is not chosen is not computed."""
         chosen: list[Tensor] = []
         for name in self.outputs:
-            hidden = re.fullmatch(r"hidden_states\.(-\d+)", name)
-            chosen.append((states[int(hidden[1])] if hidden else parts[name]()).float())
+            hidden = re.fullmatch(r"hidden_states\.-(\d+)", name)
+            # The list may lack the last state, so states are counted from the first, the blocks' input.
+            chosen.append((states[len(self.blocks) + 1 - int(hidden[1])] if hidden else parts[name]()).float())
         return tuple(chosen)
 
 
@@ -169,14 +192,15 @@ class TextTower(_Tower):
         """
         length = ids.shape[1]
         x = self.token_embedding(ids) + self.positional_embedding[:length]  # [B, S, W]
-        states = self._run_blocks(x)
         # Found by equality on integers: in half precision 49406 (SOT) and 49407 (EOT) are the same number.
         slots = torch.arange(length, device=ids.device)
         eot = torch.where(ids == EOT, slots, length - 1).amin(dim=-1)  # [B]
 
+        rows = torch.arange(ids.shape[0], device=ids.device)
+        states, last = self._run_blocks(x, lambda tokens: tokens[rows, eot])
+
         def pooled() -> Tensor:
-            # LayerNorm acts on each token alone, so it is applied to the one that is kept.
-            return _norm(self.ln_final, states[-1][torch.arange(ids.shape[0], device=ids.device), eot])
+            return _norm(self.ln_final, last)
 
         return self._named(
             states,
@@ -221,10 +245,10 @@ class ImageTower(_Tower):
         patches = self.conv1(pixels.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)  # [B, T - 1, W]
         first = self.class_embedding.expand(pixels.shape[0], 1, -1)  # [B, 1, W]
         x = torch.cat([first, patches], dim=1) + self.positional_embedding  # [B, T, W]
-        states = self._run_blocks(_norm(self.ln_pre, x))
+        states, last = self._run_blocks(_norm(self.ln_pre, x), lambda tokens: tokens[:, 0])
 
         def pooled() -> Tensor:
-            return _norm(self.ln_post, states[-1][:, 0])
+            return _norm(self.ln_post, last)
 
         return self._named(
             states,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -8,18 +9,22 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 from tiny_models import tiny_checkpoint, tiny_tensors, token_ids
 
+from longclip_rt import Embedder
 from longclip_rt.bundle import bundles_home, load_bundle
 from longclip_rt.commands.export import export as command
+from longclip_rt.convert import save_converted
 from longclip_rt.errors import ExportError, LongClipError, MissingExtraError, OutputError
 from longclip_rt.export import exporter, precision
 from longclip_rt.export.exporter import ExportOptions, ParityError, export_bundle, stages
 from longclip_rt.export.precision import ActivationRecorder, half_tower
+from longclip_rt.export.rounding import rounded_model
 from longclip_rt.export.structure import structure_checks
 from longclip_rt.export.verify import changed_neighbours
 from longclip_rt.towers import towers_from_checkpoint
@@ -167,6 +172,44 @@ def overflowing_weights(path: Path) -> Path:
     tensors["visual.transformer.resblocks.1.mlp.c_proj.weight"] /= 2e5
     save_file(tensors, path)
     return path
+
+
+@pytest.mark.parametrize("value", [300.0, 3.0])
+def test_rounding_makes_infinite_what_fp16_cannot_hold(value: float) -> None:
+    """x * x / 64 in fp16: 300 squared is beyond 65504, though the result would not be."""
+    half, single = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
+    nodes = [
+        onnx.helper.make_node("Cast", ["x"], ["h"], to=half),
+        onnx.helper.make_node("Mul", ["h", "h"], ["square"]),
+        onnx.helper.make_node("Mul", ["square", "scale"], ["small"]),
+        onnx.helper.make_node("Cast", ["small"], ["y"], to=single),
+    ]
+    shapes = [onnx.helper.make_tensor_value_info(name, half, [1]) for name in ("h", "square", "small")]
+    ends = [onnx.helper.make_tensor_value_info(name, single, [1]) for name in ("x", "y")]
+    scale = onnx.numpy_helper.from_array(np.array([1 / 64], np.float16), "scale")
+    graph = onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:], [scale], value_info=shapes)
+    model = rounded_model(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)], ir_version=10)
+    )
+    onnx.checker.check_model(model)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    (result,) = session.run(None, {"x": np.array([value], np.float32)})
+    with np.errstate(over="ignore"):
+        square = np.float16(value) * np.float16(value)
+    np.testing.assert_array_equal(result, [np.float32(square * np.float16(1 / 64))])
+    assert np.isinf(result[0]) == (value == 300)
+
+
+@pytest.mark.usefixtures("few_texts")
+def test_the_weights_own_normalisation_reaches_the_embedder(tmp_path: Path) -> None:
+    mean, std = (0.5, 0.4, 0.3), (0.25, 0.5, 0.75)
+    checkpoint = dataclasses.replace(tiny_checkpoint(), image_mean=mean, image_std=std)
+    weights = save_converted(checkpoint, tmp_path / "weights", "huggingface")
+    bundle, _ = export_bundle(ExportOptions(str(weights), tmp_path / "bundle"))
+    transform = Embedder.from_bundle(bundle.path, "onnxruntime").transform
+    np.testing.assert_allclose([transform.mean, transform.std], [mean, std])
 
 
 @pytest.mark.usefixtures("few_texts")

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from longclip_rt.batching import plan_batches
+from longclip_rt.embedding.cleaners import Cleaners
 from longclip_rt.embedding.entries import Entry
 from longclip_rt.embedding.tasks import Encoder, crop, encode_images, encode_texts, tokenize
 from longclip_rt.errors import BackendError, InputError
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from longclip_rt.tokenizer import Tokens
 
 # Texts of one worker's task: enough to make the task's own cost small, few enough to spread a shard over the workers.
-_TEXTS_PER_TASK = 64
+TEXTS_PER_TASK = 64
 # Without an explicit batch size, short texts share batches this many times larger than images do.
 _TEXTS_PER_IMAGE = 4
 
@@ -39,7 +40,7 @@ class FlowOptions:
     """How entries become vectors.
 
     Attributes:
-        workers: Threads that decode and tokenize.
+        workers: Threads that decode and tokenize, and processes at most that clean texts for them.
         truncate: Whether texts longer than the context are cut; else they are rejects.
         dtype: "float32" or "float16", of the vectors kept.
         batch_size: Most inputs in a batch; None: the encoder's, and more for short texts.
@@ -120,6 +121,7 @@ class Flow:
         self._running = 0
         # Encoding has threads of its own: a batch that is ready must not queue behind a hundred decodings.
         self._workers = ThreadPoolExecutor(options.workers, "longclip-worker")
+        self._cleaners = Cleaners(options.workers)
         self._encoders = ThreadPoolExecutor(encoder.concurrency, "longclip-encoder")
 
     def run(self, shards: Iterable[tuple[int, Sequence[Entry]]]) -> Generator[EmbeddedShard, None, None]:
@@ -144,9 +146,12 @@ class Flow:
         finally:
             for pool in (self._workers, self._encoders):
                 pool.shutdown(wait=False, cancel_futures=True)
-            # What already runs cannot be stopped, and must not outlive the caller's files and encoder.
-            for pool in (self._workers, self._encoders):
-                pool.shutdown(wait=True)
+            try:
+                # What already runs cannot be stopped, and must not outlive the caller's files and encoder.
+                for pool in (self._workers, self._encoders):
+                    pool.shutdown(wait=True)
+            finally:
+                self._cleaners.close()
 
     def _start_tasks(self, source: Iterator[tuple[int, Sequence[Entry]]]) -> None:
         """Gives the workers all that may be begun now, and opens further shards when everything open has begun."""
@@ -181,7 +186,7 @@ class Flow:
                 self._reject(shard, position, entry.error)
             else:
                 (texts if entry.kind == "text" else images).append(position)
-        chunks = [_Chunk(shard, part) for part in _parts(texts, _TEXTS_PER_TASK)]
+        chunks = [_Chunk(shard, part) for part in _parts(texts, TEXTS_PER_TASK)]
         groups = [_Group(shard, part, len(part)) for part in _parts(images, self._batch_size)]
         shard.untokenized = len(chunks)
         shard.unfinished = len(chunks) + len(groups)
@@ -200,9 +205,8 @@ class Flow:
 
     def _start_chunk(self, chunk: _Chunk) -> None:
         entries = [chunk.shard.entries[position] for position in chunk.positions]
-        self._submit(
-            self._workers, partial(self._tokenized, chunk), partial(tokenize, self._encoder.tokenizer, entries)
-        )
+        task = partial(tokenize, self._encoder.tokenizer, self._cleaners, entries)
+        self._submit(self._workers, partial(self._tokenized, chunk), task)
 
     def _tokenized(self, chunk: _Chunk, results: list[Tokens | InputError]) -> None:
         """Takes the tokens of a chunk; after a shard's last chunk its texts are batched."""

@@ -1,9 +1,9 @@
-"""What the threads of the embedding flow do, each call on its own: decode, tokenize, encode."""
+"""What the threads of the embedding flow do, each call on its own: decode, clean and tokenize, encode."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 
@@ -13,8 +13,11 @@ from longclip_rt.errors import InputError
 from longclip_rt.tokenizer import pad_tokens
 
 if TYPE_CHECKING:
+    from longclip_rt.embedding.cleaners import Cleaners
     from longclip_rt.preprocess import ImageTransform
     from longclip_rt.tokenizer import Tokenizer, Tokens
+
+_Result = TypeVar("_Result")
 
 
 class Encoder(Protocol):
@@ -66,27 +69,25 @@ def crop(transform: ImageTransform, entry: Entry) -> np.ndarray | InputError:
         return error
 
 
-def tokenize(tokenizer: Tokenizer, entries: Sequence[Entry]) -> list[Tokens | InputError]:
+def tokenize(tokenizer: Tokenizer, cleaners: Cleaners, entries: Sequence[Entry]) -> list[Tokens | InputError]:
     """The tokens of each text, or why there are none."""
-    texts: list[str | InputError] = []
-    for entry in entries:
-        try:
-            texts.append(read_text(entry))
-        except InputError as error:
-            texts.append(error)
-    readable = [text for text in texts if isinstance(text, str)]
-    try:
-        tokens: Iterator[Tokens | InputError] = iter(tokenizer.encode(readable))
-    except InputError:  # One of them; together they do not say which.
-        tokens = (_tokenize_one(tokenizer, text) for text in readable)
-    return [next(tokens) if isinstance(text, str) else text for text in texts]
+    texts = [_read(entry) for entry in entries]
+    return _for_texts(tokenizer.encode_cleaned, _for_texts(cleaners.clean, texts))
 
 
-def _tokenize_one(tokenizer: Tokenizer, text: str) -> Tokens | InputError:
+def _read(entry: Entry) -> str | InputError:
     try:
-        return tokenizer.encode([text])[0]
+        return read_text(entry)
     except InputError as error:
         return error
+
+
+def _for_texts(
+    function: Callable[[list[str]], Sequence[_Result]], items: Sequence[str | InputError]
+) -> list[_Result | InputError]:
+    """Puts in place of each text what `function` gives for it; errors stay."""
+    results = iter(function([item for item in items if isinstance(item, str)]))
+    return [next(results) if isinstance(item, str) else item for item in items]
 
 
 def encode_texts(encoder: Encoder, ids: Sequence[np.ndarray], length: int) -> np.ndarray:

@@ -93,10 +93,11 @@ def test_half_precision_rounds_the_vectors(suffix):
 
 
 def test_lines_that_are_texts():
-    Path("texts.txt").write_text("a red cup\n\n#hash tag\nbad &#bad; reference\nhttps://example.org\n")
+    Path("texts.txt").write_text(f"a red cup\n\n#hash tag\nbad &#{'1' * 5000}; reference\nhttps://example.org\n")
     report = embed(sources=["texts.txt"], texts=True)
     assert load_embeddings("out.parquet").ids == ["a red cup", "#hash tag", "https://example.org"]
     assert [row["line"] for row in rejects()] == [4]
+    assert rejects()[0]["error"].startswith("It holds a character reference that cannot be decoded: ")
     assert report.skipped.empty == 1
 
 

@@ -1,0 +1,63 @@
+"""Cleaning of texts as `open_clip.tokenizer.SimpleTokenizer` does it, before they are cut into tokens.
+
+That is ftfy, HTML entities decoded twice, white space collapsed and lower case. Plain text, which is most text, needs
+only the last two, and those the tokenizer leaves to Arrow. The rest is pure Python, which holds the interpreter's lock:
+`longclip_rt.embedding.cleaners` does it in processes of its own, which is why this module imports little.
+"""
+
+from __future__ import annotations
+
+import functools
+import html
+import re
+from collections.abc import Callable
+
+from longclip_rt.errors import InputError
+
+# On these characters ftfy does nothing but decode HTML entities and rewrite line ends, which the white-space collapse
+# undoes. The other ASCII control characters are left out because ftfy deletes them or reads terminal escapes from them.
+_PLAIN = re.compile(r"[\t\n\r -~]*")
+# An ampersand before white space or at the end begins no entity, neither for ftfy nor for html.unescape.
+_ENTITY = re.compile(r"&\S")
+
+# The versions of ftfy, all with the same code, that `longclip_rt.repair` was proven to equal.
+_PROVEN = ("6.3.0", "6.3.1")
+
+
+def needs_repair(text: str) -> bool:
+    """Whether cleaning changes more of a text than ASCII white space and ASCII case."""
+    return not _PLAIN.fullmatch(text) or ("&" in text and _ENTITY.search(text) is not None)
+
+
+def repair_text(text: str, name: str = "It") -> str:
+    """Cleans a text that needs repair.
+
+    Args:
+        text: Any string.
+        name: What the message calls the text.
+
+    Returns:
+        Lower case, words parted by single blanks.
+
+    Raises:
+        InputError: It holds a character reference that Python refuses to decode.
+    """
+    try:
+        text = html.unescape(html.unescape(_fix_text()(text)))
+    except ValueError as error:
+        # Python refuses to convert integers of more than 4300 digits, in the reference as well.
+        raise InputError(f"{name} holds a character reference that cannot be decoded: {error}.") from error
+    return " ".join(text.split()).lower()
+
+
+@functools.cache
+def _fix_text() -> Callable[[str], str]:
+    """`ftfy.fix_text`, or its quicker equal."""
+    import ftfy
+
+    if ftfy.__version__ not in _PROVEN:
+        original: Callable[[str], str] = ftfy.fix_text
+        return original
+    from longclip_rt.repair import fix_text
+
+    return fix_text
