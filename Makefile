@@ -25,7 +25,7 @@ $(DEMO)/bundle/bundle.json: | .venv/.demo-installed
 demo: .venv/.demo-installed $(DEMO)/bundle/bundle.json
 	$(BIN)/longclip-rt embed examples/files.txt -o $(DEMO)/files.parquet --bundle $(DEMO)/bundle
 	$(BIN)/longclip-rt search $(DEMO)/files.parquet "A black and white photograph of a man with a camera on a tripod" \
-	    -k 5 --bundle $(DEMO)/bundle --html $(DEMO)/gallery.html
+	    -k 5 --kind image --bundle $(DEMO)/bundle --html $(DEMO)/gallery.html
 	@echo "Look at $(DEMO)/gallery.html. The weights are random (untrained): the ranking means nothing yet."
 
 test: lint

@@ -2,10 +2,10 @@
 
     python benchmarks/end_to_end.py --bundle demo/bundle
 
-The photographs are different crops of the example photographs, about 500 pixels wide, as JPEG files. "bare encoder": crops
-that are in memory, in the batches that `embed` makes. "embed": `embed_files`, from the list to the renamed Parquet file,
-in the same process with the encoders loaded. The two take turns. "embed, whole command": the command in a process of its
-own, with start-up and compilation of the encoder, once. Writes results/end_to_end.csv.
+The photographs are different crops of the example photographs, about 500 pixels wide, as JPEG files. "bare encoder":
+crops that are in memory, in the batches that `embed` makes. "embed": `embed_files`, from the list to the renamed
+Parquet file, in the same process with the encoders loaded. The two take turns. "embed, whole command": in a process
+of its own, with start-up and compilation of the encoder, once. Writes results/end_to_end.csv.
 """
 
 from __future__ import annotations

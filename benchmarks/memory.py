@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py --bundle demo/bundle
 
-Runs `longclip-rt embed --texts` on 2,000 and on 200,000 different short texts, each in a process of its own, and takes the
-largest resident set that the system reports for it. Writes results/memory.csv. Takes about a quarter of an hour.
+Runs `longclip-rt embed --texts` on 2,000 and on 200,000 different short texts, each in a process of its own, and takes
+the largest resident set that the system reports for it. Writes results/memory.csv. Takes about a quarter of an hour.
 """
 
 from __future__ import annotations
@@ -43,8 +43,14 @@ def main() -> None:
             listing = Path(folder) / f"{count}.txt"
             listing.write_text("".join(f"cup {number} of {count}\n" for number in range(count)), encoding="utf-8")
             peaks.append(peak_mib(listing, arguments.bundle))
-            rows.append({"texts": count, "peak MiB": f"{peaks[-1]:.0f}", "times the first": f"{peaks[-1] / peaks[0]:.3f}",
-                         "target": TARGET if len(peaks) > 1 else ""})  # fmt: skip
+            rows.append(
+                {
+                    "texts": count,
+                    "peak MiB": f"{peaks[-1]:.0f}",
+                    "times the first": f"{peaks[-1] / peaks[0]:.3f}",
+                    "target": TARGET if len(peaks) > 1 else "",
+                }
+            )
     save_table("memory", rows)
 
 

@@ -74,7 +74,11 @@ def export_tower(tower: TextTower | ImageTower, path: Path) -> None:
 
 
 def _tidy(model: Any) -> None:
-    """States fp32 softmax on every `Attention`, and removes the tracer's notes, which name files of this machine."""
+    """States fp32 softmax on every `Attention`, and removes the tracer's notes, which name files of this machine.
+
+    ONNX would otherwise have fp16 graphs compute it in fp16. TensorRT's parser refuses the attribute (tried with
+    TensorRT-RTX 1.7, which builds the same graphs without it), so an engine's builder has to take it out again.
+    """
     import onnx_ir
 
     model.producer_name, model.producer_version = "longclip-rt", None

@@ -51,8 +51,8 @@ class Block(nn.Module):
 
         Args:
             x: The tokens.
-            pick: Takes the one token of each row that will be used, [B, S, W] to [B, W]. What follows the attention acts
-                on each token alone, so with `pick` three quarters of the block are computed for that token only.
+            pick: Takes the one token of each row that will be used, [B, S, W] to [B, W]. What follows the attention
+                acts on each token alone, so three quarters of the block are then computed for that token only.
 
         Returns:
             [B, S, W], or [B, W] with `pick`.

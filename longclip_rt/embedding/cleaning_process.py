@@ -6,6 +6,7 @@ that when the parent ends, even when it is killed, so that no process is left be
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import struct
@@ -41,7 +42,10 @@ def receive(stream: IO[bytes]) -> list[str]:
     """
     (count,) = struct.unpack("<I", _read(stream, 4))
     lengths = struct.unpack(f"<{count}I", _read(stream, 4 * count))
-    return [_read(stream, length).decode("utf-8", "surrogatepass") for length in lengths]
+    # One long read: each waits for the interpreter's lock.
+    encoded = _read(stream, sum(lengths))
+    ends = itertools.accumulate(lengths)
+    return [encoded[end - size : end].decode("utf-8", "surrogatepass") for end, size in zip(ends, lengths, strict=True)]
 
 
 def _read(stream: IO[bytes], length: int) -> bytes:

@@ -268,11 +268,15 @@ embed_files(["texts.txt"], "out.parquet", FakeEmbedder(delay=0.05), options)
 
 
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_is_killed_leaves_no_process(eager, stop):
+@pytest.mark.parametrize("late", [False, True])
+def test_a_run_that_is_killed_leaves_no_process(eager, stop, late):
     command = [sys.executable, "-c", RUN, str(Path(__file__).parent)]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert run.stdout is not None
     assert int(run.stdout.readline()) > 0
+    while late and not Path("out.parquet.parts/000000.json").exists():
+        assert run.poll() is None
+        time.sleep(0.01)
     run.send_signal(stop)
     # The processes have the run's standard error, which so comes to its end when the last of them has ended.
     _, err = run.communicate(timeout=30)
