@@ -2,15 +2,14 @@
 
     python benchmarks/tokenizer.py
 
-Four corpora. "plain": the lines of mixed_lengths.txt in ASCII, with every tenth word replaced by a random one of the
+Three corpora. "plain": the lines of mixed_lengths.txt in ASCII, with every tenth word replaced by a random one of the
 vocabulary. "repaired": the same with an accent, curly quotes and an HTML entity in each text, which send it through
-repair on our side too. "mojibake": the same with its UTF-8 read as Windows-1252, which only ftfy itself can repair.
-"unseen": ten random words a text, other ones in every round, so that nothing is remembered.
+ftfy on our side too. "unseen": ten random words a text, other ones in every round, so that nothing is remembered.
 
-"ours" is `Tokenizer.encode`, in one thread and with the texts shared out over threads. "embed" is what `embed` does with
-the texts of a list: tasks of 64 in so many workers, and with more than one worker the repairs in as many processes,
-which have been started. All sides start with empty caches and warm them in a round that is not counted; all ways take
-turns. The ids are compared first. The reference's conversion to a tensor is left out. Writes results/tokenizer.csv.
+"ours" is `Tokenizer.encode`, in one thread and with the texts shared out over threads. "embed" is what `embed` does
+with the texts of a list: tasks of 64 in so many workers, and with more than one worker the repairs in as many
+processes, which have been started. All sides start with empty caches and warm them in a round that is not counted; all
+ways take turns. The ids are compared first. The reference's conversion to a tensor is left out. Writes results/tokenizer.csv.
 """
 
 from __future__ import annotations
@@ -58,7 +57,6 @@ def corpora(texts: int, turns: int, vocabulary: Sequence[str]) -> dict[str, list
             text[place] = rng.choice(words)
         plain.append(" ".join(text))
     repaired = [f"{text} \u201cCaf\u00e9\u201d &amp; bar" for text in plain]
-    mojibake = [f"{text} \u00e2\u20ac\u0153Caf\u00c3\u00a9\u00e2\u20ac\u2122s" for text in plain]
 
     def unseen() -> str:
         return " ".join("".join(rng.choices(string.ascii_lowercase, k=rng.randint(6, 12))) for _ in range(10))
@@ -66,7 +64,6 @@ def corpora(texts: int, turns: int, vocabulary: Sequence[str]) -> dict[str, list
     return {
         "plain": [plain] * turns,
         "repaired": [repaired] * turns,
-        "mojibake": [mojibake] * turns,
         "unseen": [[unseen() for _ in range(texts)] for _ in range(turns)],
     }
 

@@ -7,10 +7,8 @@ only the last two, and those the tokenizer leaves to Arrow. The rest is pure Pyt
 
 from __future__ import annotations
 
-import functools
 import html
 import re
-from collections.abc import Callable
 
 from longclip_rt.errors import InputError
 
@@ -20,13 +18,12 @@ _PLAIN = re.compile(r"[\t\n\r -~]*")
 # An ampersand before white space or at the end begins no entity, neither for ftfy nor for html.unescape.
 _ENTITY = re.compile(r"&\S")
 
-# The versions of ftfy, all with the same code, that `longclip_rt.repair` was proven to equal.
-_PROVEN = ("6.3.0", "6.3.1")
-
 
 def needs_repair(text: str) -> bool:
     """Whether cleaning changes more of a text than ASCII white space and ASCII case."""
-    return not _PLAIN.fullmatch(text) or ("&" in text and _ENTITY.search(text) is not None)
+    if not text.isascii() or not _PLAIN.fullmatch(text):
+        return True
+    return "&" in text and _ENTITY.search(text) is not None
 
 
 def repair_text(text: str, name: str = "It") -> str:
@@ -42,22 +39,11 @@ def repair_text(text: str, name: str = "It") -> str:
     Raises:
         InputError: It holds a character reference that Python refuses to decode.
     """
+    import ftfy
+
     try:
-        text = html.unescape(html.unescape(_fix_text()(text)))
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
     except ValueError as error:
         # Python refuses to convert integers of more than 4300 digits, in the reference as well.
         raise InputError(f"{name} holds a character reference that cannot be decoded: {error}.") from error
     return " ".join(text.split()).lower()
-
-
-@functools.cache
-def _fix_text() -> Callable[[str], str]:
-    """`ftfy.fix_text`, or its quicker equal."""
-    import ftfy
-
-    if ftfy.__version__ not in _PROVEN:
-        original: Callable[[str], str] = ftfy.fix_text
-        return original
-    from longclip_rt.repair import fix_text
-
-    return fix_text

@@ -3,13 +3,11 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import ftfy
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer
 
-from longclip_rt import cleaning
 from longclip_rt.cleaning import needs_repair, repair_text
 from longclip_rt.errors import InputError
 
@@ -43,16 +41,6 @@ def test_a_reference_that_python_refuses_is_an_input_error() -> None:
         repair_text(text)
     with pytest.raises(InputError, match=r"^Text 3 holds"):
         repair_text(text, "Text 3")
-
-
-def test_another_version_of_ftfy_does_the_work_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ftfy, "__version__", "7.0")
-    monkeypatch.setattr(ftfy, "fix_text", lambda text: text + " (from ftfy)")
-    cleaning._fix_text.cache_clear()
-    try:
-        assert repair_text("Caf\u00e9") == "caf\u00e9 (from ftfy)"
-    finally:
-        cleaning._fix_text.cache_clear()
 
 
 def test_it_imports_little() -> None:
