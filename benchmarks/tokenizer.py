@@ -9,7 +9,8 @@ ftfy on our side too. "unseen": ten random words a text, other ones in every rou
 "ours" is `Tokenizer.encode`, in one thread and with the texts shared out over threads. "embed" is what `embed` does
 with the texts of a list: tasks of 64 in so many workers, and with more than one worker the repairs in as many
 processes, which have been started. All sides start with empty caches and warm them in a round that is not counted; all
-ways take turns. The ids are compared first. The reference's conversion to a tensor is left out. Writes results/tokenizer.csv.
+ways take turns. The ids are compared first. The reference's conversion to a tensor is left out. Writes
+results/tokenizer.csv.
 """
 
 from __future__ import annotations
