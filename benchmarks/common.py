@@ -50,7 +50,7 @@ def save_table(name: str, rows: Sequence[Mapping[str, object]]) -> None:
         f"command: {command}",
         f"machine: {machine.cpu_name()}, {machine.cores()} cores ({' '.join(machine.cpu_features())}){gib}",
         f"versions: Python {sys.version.split()[0]}, {versions}",
-        f"commit: {_commit()}",
+        f"commit: {COMMIT}",
     ]
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
@@ -67,8 +67,12 @@ def _commit() -> str:
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        status = [*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!results"]
+        status = [*git, "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results"]
         changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit + (" and uncommitted changes" if changed else "")
+
+
+# What runs is what was there when the script began, whatever is committed meanwhile.
+COMMIT = _commit()
