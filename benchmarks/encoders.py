@@ -54,7 +54,7 @@ def workloads(embedder: Embedder) -> dict[str, list[str]]:
              if 16 <= tokens.length <= 32]  # fmt: skip
     mixed = (Path(__file__).parent / "mixed_lengths.txt").read_text(encoding="utf-8").splitlines()
     return {
-        "texts of 248 tokens": [exact] * 32,
+        "texts of 248 tokens": [exact] * 64,
         "captions of 16 to 32 tokens": short[:256],
         "mixed lengths": mixed,
     }
@@ -70,7 +70,7 @@ def main() -> None:
     arguments = parser.parse_args()
     embedder = Embedder.from_bundle(arguments.bundle, arguments.backend, arguments.precision)
     model = reference_model(embedder.bundle.manifest["source"]["weights"])
-    crops = np.stack([embedder.transform.crop(photo) for photo in example_photos() * 3][:32])
+    crops = np.stack([embedder.transform.crop(photo) for photo in example_photos() * 6][:64])
     pixels = torch.from_numpy(embedder.transform.normalize(crops[: 2 * BATCH]))
 
     def our_images() -> None:
