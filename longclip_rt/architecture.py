@@ -20,6 +20,12 @@ VOCAB_SIZE = 49408
 EOT = 49407
 """The end-of-text token: the last entry of the vocabulary."""
 
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+"""Means of red, green and blue in CLIP's training images, of values from 0 to 1."""
+
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Their standard deviations."""
+
 CLIP_CONTEXT_LENGTH = 77
 LONG_CONTEXT_LENGTH = 248
 

@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from longclip_rt.architecture import LONG_CONTEXT_LENGTH, Architecture, architecture_from_shapes, few
+from longclip_rt.architecture import (
+    CLIP_MEAN,
+    CLIP_STD,
+    LONG_CONTEXT_LENGTH,
+    Architecture,
+    architecture_from_shapes,
+    few,
+)
 from longclip_rt.errors import WeightsError
 from longclip_rt.extras import require
 from longclip_rt.positions import KEPT_ROWS, fold_positions, stretch_positions
-from longclip_rt.weights.config import (
-    CLIP_MEAN,
-    CLIP_STD,
-    ModelConfig,
-    Triple,
-    architecture_from_open_clip,
-    read_config,
-)
+from longclip_rt.weights.config import ModelConfig, Triple, architecture_from_open_clip, read_config
 from longclip_rt.weights.files import SUFFIXES, choose_weights, read_weights, tensors_of
 from longclip_rt.weights.hub import HUB_PREFIX, HubId, download_weights, parse_hub_id
 from longclip_rt.weights.naming import SECOND_TABLE, canonical_names

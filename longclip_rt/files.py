@@ -1,4 +1,4 @@
-"""Hashes of files, files and folders that are whole or absent, and the disk's failures as sentences."""
+"""Files: their kinds and hashes, how they are written whole or not at all, and the disk's failures as sentences."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, BinaryIO
 from longclip_rt.errors import OutputError
 
 _CHUNK = 1 << 20
+_IMAGE_SUFFIX = re.compile(r"\.(jpe?g|jpe|jfif|png|gif|bmp|webp|tiff?|p[bgpn]m|jp2|avif|tga|ico)")
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -80,6 +82,11 @@ def whole_file(target: Path) -> Iterator[BinaryIO]:
             temporary.unlink()
         raise
     sync_folder(target.parent)
+
+
+def has_image_suffix(path: Path) -> bool:
+    """Whether a file is an image by its name."""
+    return _IMAGE_SUFFIX.fullmatch(path.suffix.lower()) is not None
 
 
 def sha256_of_file(path: Path) -> str:

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from longclip_rt.architecture import CLIP_MEAN, CLIP_STD
 from longclip_rt.errors import InputError
 
 ImageSource = str | Path | bytes | Image.Image
@@ -45,8 +46,8 @@ class ImageTransform:
     """
 
     size: int
-    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
     max_pixels: int = 178_956_970
 
     def __call__(self, source: ImageSource) -> npt.NDArray[np.float32]:

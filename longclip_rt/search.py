@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from longclip_rt.errors import BundleError, InputError, OutputError
+from longclip_rt.files import has_image_suffix
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -21,13 +22,6 @@ Kind = Literal["image", "text"]
 
 # 8,192 rows of 768 float64 values are 48 MiB: large enough for the disk, small enough for any machine.
 CHUNK_ROWS = 8192
-
-# fmt: off
-_IMAGE_SUFFIXES = (
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm",
-    ".pbm", ".pnm", ".jp2", ".avif", ".tga", ".ico",
-)
-# fmt: on
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +160,7 @@ def search_query(
 def kind_of_query(query: str) -> Kind:
     """An image if `query` is the path of an existing file with an image's suffix, else a text."""
     path = Path(query)
-    if path.suffix.lower() not in _IMAGE_SUFFIXES:
+    if not has_image_suffix(path):
         return "text"
     try:
         return "image" if path.is_file() else "text"

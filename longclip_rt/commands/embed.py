@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from longclip_rt.commands.options import runs_the_model
+
 if TYPE_CHECKING:
     from longclip_rt.embedding.pipeline import EmbedReport
 
@@ -85,20 +87,7 @@ class _Bar:
     metavar="DIR",
     help="The model. Default: the newest exported one, else the built-in one.",
 )
-@click.option(
-    "--backend",
-    type=click.Choice(["auto", "openvino", "onnxruntime", "torch"]),
-    default="auto",
-    show_default=True,
-    help="What runs the model.",
-)
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
-    default="auto",
-    show_default=True,
-    help="Number format of the model.",
-)
+@runs_the_model
 @click.option(
     "--batch-size",
     type=click.IntRange(min=1),

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from longclip_rt.commands.options import runs_the_model
+
 if TYPE_CHECKING:
     from longclip_rt.search import Answer, Kind
 
@@ -45,20 +47,7 @@ def _page_name(context: click.Context, parameter: click.Parameter, value: Path |
     metavar="DIR",
     help="The model that made EMBEDDINGS. Default: the known bundle with the hash that the file names.",
 )
-@click.option(
-    "--backend",
-    type=click.Choice(["auto", "openvino", "onnxruntime", "torch"]),
-    default="auto",
-    show_default=True,
-    help="What runs the model.",
-)
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
-    default="auto",
-    show_default=True,
-    help="Number format of the model.",
-)
+@runs_the_model
 @click.option(
     "--html",
     type=click.Path(path_type=Path, dir_okay=False),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import glob
 import os
-import re
 import shutil
 import stat
 import sys
@@ -22,8 +21,8 @@ from typing import Literal
 from longclip_rt.embedding.entries import Entry, EntryDigest, Line, Reading, Tally, is_url, lines_from_stream
 from longclip_rt.embedding.tables import entries_from_jsonl, entries_from_parquet
 from longclip_rt.errors import InputError
+from longclip_rt.files import has_image_suffix
 
-_IMAGE_SUFFIX = re.compile(r"\.(jpe?g|jpe|jfif|png|gif|bmp|webp|tiff?|p[bgpn]m|jp2|avif|tga|ico)")
 _IMAGE_HEADS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
 
 Form = Literal["list", "jsonl", "parquet", "folder", "glob", "image"]
@@ -134,7 +133,7 @@ def _source_from_argument(argument: str, column: str | None) -> Source:
         form = "jsonl"
     elif suffix in (".parquet", ".pq"):
         form = "parquet"
-    elif _IMAGE_SUFFIX.fullmatch(suffix) or (stat.S_ISREG(mode) and _begins_like_image(path)):
+    elif has_image_suffix(path) or (stat.S_ISREG(mode) and _begins_like_image(path)):
         form = "image"
     base = "." if form == "image" else str(path.parent)
     return Source(argument, form, path if stat.S_ISREG(mode) else None, base)
@@ -255,7 +254,7 @@ def _names_in_folder(folder: str, tally: Tally) -> Iterator[str | OSError]:
             continue
         if item.is_dir(follow_symlinks=False):
             yield from _names_in_folder(item.path, tally)
-        elif _IMAGE_SUFFIX.fullmatch(Path(item.name).suffix.lower()) or item.name.lower().endswith(".txt"):
+        elif has_image_suffix(Path(item.name)) or item.name.lower().endswith(".txt"):
             yield item.path
         else:
             tally.others += 1

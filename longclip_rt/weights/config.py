@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longclip_rt.architecture import CLIP_CONTEXT_LENGTH, HEAD_WIDTH, VOCAB_SIZE, Architecture
+from longclip_rt.architecture import CLIP_CONTEXT_LENGTH, CLIP_MEAN, CLIP_STD, HEAD_WIDTH, VOCAB_SIZE, Architecture
 from longclip_rt.errors import WeightsError
 
 _log = logging.getLogger("longclip_rt")
@@ -19,9 +19,6 @@ CONFIG_FILES = ("config.json", "open_clip_config.json", "preprocessor_config.jso
 """Hugging Face's, open_clip's, and Hugging Face's for images."""
 
 Triple = tuple[float, float, float]
-
-CLIP_MEAN: Triple = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD: Triple = (0.26862954, 0.26130258, 0.27577711)
 
 _ACTIVATIONS = {"quick_gelu": True, "gelu": False}
 
