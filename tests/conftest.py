@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,9 @@ def tiny_bundle(tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) ->
     outputs = ("pooler_output", "text:hidden_states.-2", "image:last_hidden_state")
     export_bundle(ExportOptions(str(tiny_weights), out, fp16=True, outputs=outputs))
     return out
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c_arrives() -> None:
+    """Lets SIGINT reach programs that tests start: a background job of a shell, which CI may be, inherits it ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
