@@ -41,5 +41,5 @@ def tiny_bundle(tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session", autouse=True)
 def ctrl_c_arrives() -> None:
-    """Lets SIGINT reach programs that tests start: a background job of a shell, which CI may be, inherits it ignored."""
+    """Lets SIGINT reach programs that tests start: a shell's background job, as CI may be, inherits it ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
