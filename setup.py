@@ -17,6 +17,13 @@ EXPORT = [
     "safetensors>=0.5",
 ]
 
+TRAIN = [
+    *EXPORT,
+    "matplotlib>=3.8",
+    "tensorboard>=2.16",
+    "webdataset>=0.2.100",
+]
+
 setup(
     name="longclip-rt",
     version=version[1],
@@ -33,6 +40,7 @@ setup(
             "assets/examples/captions.json",
             "assets/examples/photos/*.jpg",
             "assets/examples/unicode.txt",
+            "assets/tiny/*",  # the built-in model: an exported bundle and its model card
         ]
     },
     install_requires=[
@@ -51,8 +59,9 @@ setup(
         "cpu": ["onnxruntime>=1.23"],
         "gpu": ["onnxruntime-gpu>=1.23"],
         "export": EXPORT,
+        "train": TRAIN,
         "dev": [
-            *EXPORT,
+            *TRAIN,
             "onnxruntime>=1.23",
             "hypothesis>=6.100",
             "mypy>=1.15",

@@ -74,6 +74,7 @@ class Checkpoint:
             image_mean=self.image_mean,
             image_std=self.image_std,
             trained=self.trained,
+            vocab_size=self.architecture.vocab_size,
         )
 
 
@@ -161,6 +162,7 @@ def checkpoint_from_tensors(
         quick_gelu=_quick_gelu(config, activation, notes),
         vision_head_width=config.vision_head_width,
         text_head_width=config.text_head_width,
+        vocab_size=config.vocab_size,
     )
     state_dict = {name: state_dict[name] for name in architecture.shapes()}
     return Checkpoint(
