@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+import pickle
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,6 +37,7 @@ class TrainState:
         random: States of PyTorch's generators: `cpu`, and `cuda` where there is a GPU. Of process 0: training itself
             draws nothing.
         seconds: Time spent in training so far.
+        world: Processes that trained.
     """
 
     step: int
@@ -44,10 +47,16 @@ class TrainState:
     scaler: dict[str, Any]
     random: dict[str, Tensor]
     seconds: float
+    world: int = 1
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(TrainState))
 
 
 def save_checkpoint(folder: Path, state: TrainState, keep: int) -> Path:
     """Writes `checkpoints/step-N.pt` and a JSON file with its hash, and removes all but the newest `keep`.
+
+    Those of later steps go too: a run that comes to step N passed them over because they are damaged.
 
     Raises:
         OutputError: The disk refuses.
@@ -56,12 +65,16 @@ def save_checkpoint(folder: Path, state: TrainState, keep: int) -> Path:
     with output_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(target) as file:
-            torch.save({name: getattr(state, name) for name in TrainState.__dataclass_fields__}, file)
+            torch.save({name: getattr(state, name) for name in _FIELDS}, file)
         # The hash comes last: a checkpoint without one was not finished.
         write_text_atomically(_hash_file(target), json.dumps({"sha256": sha256_of_file(target)}) + "\n")
-        for old in sorted(_checkpoints(folder))[:-keep]:
+        found = sorted(_checkpoints(folder))
+        here = found.index(target) + 1
+        for old in (*found[: max(here - keep, 0)], *found[here:]):
             _hash_file(old).unlink(missing_ok=True)
             old.unlink(missing_ok=True)
+        for unfinished in target.parent.glob("step-*.tmp"):
+            unfinished.unlink(missing_ok=True)
     return target
 
 
@@ -85,7 +98,7 @@ def load_newest_checkpoint(folder: Path) -> TrainState | None:
             logger.warning("passed over a checkpoint: %s", error)
     if found:
         raise TrainingError(
-            f"All {len(found)} checkpoints in {folder / FOLDER} are damaged. Remove the folder to begin anew."
+            f"All {len(found)} checkpoints in {folder / FOLDER} are damaged. Remove {folder} to begin anew."
         )
     return None
 
@@ -95,10 +108,13 @@ def _load(path: Path) -> TrainState:
         expected = json.loads(_hash_file(path).read_text(encoding="utf-8"))["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TrainingError(f"{path} was not finished: it has no hash beside it.") from error
-    if sha256_of_file(path) != expected:
-        raise TrainingError(f"{path} is damaged: its SHA-256 is not the one noted when it was written.")
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    return TrainState(**content)
+    try:
+        if sha256_of_file(path) != expected:
+            raise TrainingError(f"{path} is damaged: its SHA-256 is not the one noted when it was written.")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        return TrainState(**{name: value for name, value in content.items() if name in _FIELDS})
+    except (OSError, RuntimeError, pickle.UnpicklingError, TypeError, AttributeError) as error:
+        raise TrainingError(f"{path} cannot be read: {error}.") from error
 
 
 def _checkpoints(folder: Path) -> Iterator[Path]:

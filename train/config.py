@@ -14,6 +14,9 @@ from longclip_rt.errors import TrainingError
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 ObjectiveName = Literal["longclip", "long+short", "long", "clip"]
 Positions = Literal["kps", "interpolate", "none"]
+PcmScope = Literal["local", "global"]
+
+_CHOICES = {"objective": ObjectiveName, "positions": Positions, "precision": Precision, "pcm_scope": PcmScope}
 
 SCRATCH = "scratch"
 """The value of `weights` that stands for random weights in the shape of `architecture`."""
@@ -23,7 +26,7 @@ LN_100 = math.log(100)
 # The built-in model's vocabulary: the bytes, CLIP's first 7,678 merges, and the two special tokens.
 TINY = Architecture(
     image_size=96,
-    patch_size=12,
+    patch_size=16,
     vision_width=192,
     vision_layers=4,
     text_width=128,
@@ -88,7 +91,7 @@ class TrainConfig:
     objective: ObjectiveName = "longclip"
     positions: Positions = "kps"
     components: int = 32
-    pcm_scope: Literal["local", "global"] = "local"
+    pcm_scope: PcmScope = "local"
     label_smoothing: float = 0.1
     logit_scale: float | None = LN_100
     max_logit_scale: float | None = None
@@ -118,13 +121,29 @@ class TrainConfig:
                 raise TrainingError(f"{name} is {getattr(self, name)}; it must be at least 1, or left out.")
         if not self.lr > 0 or self.warmup_steps < 0 or self.weight_decay < 0 or self.workers < 0:
             raise TrainingError("lr must be above 0, and warmup_steps, weight_decay and workers not below 0.")
-        for name, choices in (("objective", ObjectiveName), ("positions", Positions), ("precision", Precision)):
+        if not 0 <= self.label_smoothing < 1:
+            raise TrainingError(f"label_smoothing is {self.label_smoothing}; it is a share, from 0 to below 1.")
+        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
+            raise TrainingError(f"clip_grad_norm is {self.clip_grad_norm}; it must be above 0, or left out.")
+        for name, choices in _CHOICES.items():
             if getattr(self, name) not in get_args(choices):
                 raise TrainingError(
                     f"There is no {name} {getattr(self, name)!r}; choose {', '.join(get_args(choices))}."
                 )
         if self.weights == SCRATCH and self.architecture is None:
             raise TrainingError("Weights from scratch need an architecture: choose --preset tiny, or name weights.")
+
+    def lr_at(self, step: int, total: int) -> float:
+        """The learning rate of a step: linear warm-up, then a cosine to 0, as in the reference.
+
+        Args:
+            step: Counted from 0.
+            total: Steps of the run; a warm-up that is longer takes all of them.
+        """
+        warmup = min(self.warmup_steps, total)
+        if step < warmup:
+            return self.lr * (step + 1) / warmup
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; `from_dict` reads them back."""
@@ -156,6 +175,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "weight_decay": 0.05,
         "warmup_steps": 200,
         "clip_grad_norm": 1.0,
+        "precision": "fp32",  # as fast as bf16 on a CPU at these widths, and the same on every machine
         "workers": 1,
     },
 }

@@ -7,15 +7,23 @@ pass: every process computes the loss of the whole global batch, but derives it 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from longclip_rt.errors import TrainingError
+
+Value = TypeVar("Value")
+
+# The others wait while the first validates and writes. A process that dies is noticed by torchrun, not by this.
+_PATIENCE = timedelta(hours=3)
 
 
 @dataclass(frozen=True)
@@ -47,22 +55,30 @@ class Processes:
         return torch.cat(parts)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Adds up every parameter's gradient over the processes, in place, in buckets of about 64 MB."""
+        """Adds up every parameter's gradient over the processes, in place, in buckets of about 64 MB.
+
+        Args:
+            parameters: In the same order on every process, and the same ones of them with a gradient.
+        """
         if self.world == 1:
             return
         for bucket in _buckets([one.grad for one in parameters if one.grad is not None]):
             flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
             dist.all_reduce(flat)
-            for gradient, total in zip(bucket, flat.split([one.numel() for one in bucket]), strict=True):
+            for gradient, total in zip(bucket, torch.split(flat, [one.numel() for one in bucket]), strict=True):
                 gradient.copy_(total.view_as(gradient))
 
-    def any(self, flag: bool) -> bool:
-        """Whether any process says so; every process has to ask."""
+    def collect(self, value: Value) -> list[Value]:
+        """Every process's value, in the order of ranks, on each of them; every process has to call this.
+
+        Args:
+            value: Something small: it is pickled.
+        """
         if self.world == 1:
-            return flag
-        votes = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-        return bool(votes.item())
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
 
     def wait(self) -> None:
         """Returns when every process has come here."""
@@ -78,7 +94,7 @@ def processes(device: str = "auto") -> Iterator[Processes]:
         device: `auto` (the process's own GPU where there is one, else the CPU), `cpu`, `cuda` or `cuda:N`.
 
     Raises:
-        TrainingError: The device cannot be had.
+        TrainingError: The device cannot be had, or the other processes cannot be found.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
@@ -87,8 +103,19 @@ def processes(device: str = "auto") -> Iterator[Processes]:
         yield Processes(0, 1, chosen)
         return
     if chosen.type == "cuda":
+        if device not in ("auto", "cuda"):
+            raise TrainingError(f"{world} processes cannot share {device}; give --device cuda, or leave it out.")
         torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        if chosen.type == "cuda":
+            dist.init_process_group("nccl", timeout=_PATIENCE, device_id=chosen)
+        else:
+            dist.init_process_group("gloo", timeout=_PATIENCE)
+    except (ValueError, RuntimeError) as error:
+        raise TrainingError(
+            f"This is to be one of {world} processes (WORLD_SIZE), but it does not find the others: {error}. Start "
+            "them with torchrun, or unset WORLD_SIZE to train in one."
+        ) from error
     try:
         yield Processes(rank, world, chosen)
     finally:
@@ -101,14 +128,13 @@ def _device(name: str, local_rank: int) -> torch.device:
         name = f"cuda:{local_rank}" if cards else "cpu"
     elif name == "cuda":
         name = f"cuda:{local_rank}"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise TrainingError(f"There is no device {name!r}; name auto, cpu, cuda or cuda:N.") from error
-    if device.type == "cuda" and (device.index or 0) >= cards:
+    if not re.fullmatch(r"cpu|cuda:\d+", name):
+        raise TrainingError(f"There is no device {name!r}; name auto, cpu, cuda or cuda:N.")
+    device = torch.device(name)
+    if device.type == "cuda" and device.index >= cards:
         raise TrainingError(
-            f"The device {name} cannot be had: PyTorch sees {cards} CUDA devices. Choose --device cpu, or start as many "
-            "processes as there are GPUs."
+            f"The device {name} cannot be had: PyTorch sees {cards} CUDA devices. Choose --device cpu, or start no "
+            "more processes than there are GPUs."
         )
     return device
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,11 +20,12 @@ from longclip_rt.train.config import TrainConfig
 from longclip_rt.train.data import Batch
 from longclip_rt.train.distributed import Processes, processes
 from longclip_rt.train.evaluate import retrieval
-from longclip_rt.train.loss import Objective, pcm_is_identity
+from longclip_rt.train.folder import claim_folder, note_config, only_run
+from longclip_rt.train.loss import Objective
 from longclip_rt.train.model import TrainableClip
 from longclip_rt.train.report import RunLog, TrainProgress
-from longclip_rt.train.results import WEIGHTS, save_results
-from longclip_rt.train.setup import claim_folder, open_training_data, precision_of, starting_weights
+from longclip_rt.train.results import WEIGHTS, finished_figures, load_bad_rows, save_bad_rows, save_results
+from longclip_rt.train.setup import announce, open_training_data, precision_of, starting_weights
 from longclip_rt.train.step import backward
 
 logger = logging.getLogger("longclip_rt")
@@ -67,8 +68,9 @@ def train(
     Args:
         config: The run.
         folder: Where it lives; made where it is not there.
-        resume: Go on with the run in `folder` from its newest good checkpoint. On a CPU, with the same number of
-            threads, the result is bit for bit that of a run without a stop.
+        resume: Go on with the run in `folder` from its newest good checkpoint; begin it where there is none. On a
+            CPU, with the same number of threads, the result is bit for bit that of a run without a stop. A run that is
+            finished stays as it is.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         quiet: Show no progress.
 
@@ -78,10 +80,24 @@ def train(
     Raises:
         TrainingError: The run cannot begin, or cannot go on; the message says why.
         WeightsError: The weights to begin with cannot be used.
+        OutputError: The folder cannot be written.
         MissingExtraError: A package is not installed.
     """
-    with processes(device) as procs:
-        return _Run(config, folder, procs, resume=resume, quiet=quiet).run()
+    with processes(device) as procs, contextlib.ExitStack() as stack:
+        if config.batch_size % procs.world:
+            raise TrainingError(
+                f"A batch of {config.batch_size} cannot be shared by {procs.world} processes; choose a multiple."
+            )
+        if procs.main:
+            stack.enter_context(only_run(folder))
+        try:
+            return _Run(config, folder, procs, resume=resume, quiet=quiet).run()
+        except torch.OutOfMemoryError as error:
+            held = config.chunk_size or config.batch_size // procs.world
+            raise TrainingError(
+                f"The GPU's memory does not hold the activations of {held} pairs. Lower --chunk-size below that (the "
+                "gradients stay the same), or add --gradient-checkpointing; --resume then goes on with the run."
+            ) from error
 
 
 class _Run:
@@ -89,21 +105,18 @@ class _Run:
 
     def __init__(self, config: TrainConfig, folder: Path, procs: Processes, *, resume: bool, quiet: bool) -> None:
         self.config, self.folder, self.procs, self.quiet = config, folder, procs, quiet
-        if config.batch_size % procs.world:
-            raise TrainingError(
-                f"A batch of {config.batch_size} cannot be shared by {procs.world} processes; choose a multiple."
-            )
-        self.resumed = claim_folder(config, folder, resume, procs)
-        torch.manual_seed(config.seed)
-        self.start = starting_weights(config)
         self.precision = precision_of(config.precision, procs.device)
+        resumed = claim_folder(config, folder, resume, procs)
+        torch.manual_seed(config.seed)
+        start = starting_weights(config, progress=procs.main and not quiet)
         self.model = TrainableClip(
-            self.start.architecture,
-            self.start.state_dict,
+            start.architecture,
+            start.state_dict,
             stretch=config.positions,
             logit_scale=config.logit_scale,
             gradient_checkpointing=config.gradient_checkpointing,
         ).to(procs.device)
+        self.start = dataclasses.replace(start, state_dict={})  # the model has copied them
         self.data = open_training_data(config, self.model.architecture, self.start, procs)
         self.objective = Objective(config.objective, config.components, config.label_smoothing, config.pcm_scope)
         self.trained = [one for one in self.model.parameters() if one.requires_grad]
@@ -112,15 +125,19 @@ class _Run:
         self.total = self.data.steps_per_epoch * config.epochs
         if config.steps is not None:
             self.total = config.steps
-        self.step, self.seconds, self.broken = 0, 0.0, 0
-        if self.resumed is not None:
-            self._restore(self.resumed)
+        self.step, self.seconds, self.broken, self.skipped = 0, 0.0, 0, 0
+        if resumed is not None:
+            self._restore(resumed)
         if config.compile:
-            self.model.compile()
-        self._tell()
+            self.model.compile_towers()
+        if procs.main:
+            announce(config, self.model, self.data, procs, self.precision, self.step, self.total, quiet)
 
     def run(self) -> TrainReport:
         """Trains from the current step to the last, and writes what came out."""
+        trained = self.step < self.total
+        if self.procs.main:
+            note_config(self.config, self.folder)
         log = RunLog(self.folder, resume_step=self.step) if self.procs.main else None
         quiet = self.quiet or not self.procs.main
         progress = TrainProgress(self.total, self.config.batch_size, start=self.step, quiet=quiet)
@@ -136,7 +153,7 @@ class _Run:
                 last = self.step == self.total
                 if log is not None and (self.step % LOG_EVERY == 0 or last):
                     values = {name: float(value) for name, value in losses.items()}
-                    log.record(self.step, values | {"lr": self._lr(self.step - 1)})
+                    log.record(self.step, values | {"lr": self.config.lr_at(self.step - 1, self.total)})
                     progress.loss(values["loss"])
                 progress.advance()
                 if self.step % self.config.validate_every == 0 or last:
@@ -147,8 +164,9 @@ class _Run:
                 if self.step % self.config.checkpoint_every == 0 or last:
                     self.seconds = time.perf_counter() - began
                     self._save()
-        self.seconds = time.perf_counter() - began
-        return self._finish(figures)
+        if trained:
+            self.seconds = time.perf_counter() - began
+        return self._finish(figures, trained)
 
     def _batches(self) -> Iterator[Batch]:
         """This process's batches from the current step to the last, epoch after epoch."""
@@ -156,13 +174,14 @@ class _Run:
             epoch, start = divmod(self.step, self.data.steps_per_epoch)
             for batch in self.data.batches(epoch, start):
                 yield batch
-                if self.step >= self.total:
+                # Not at an epoch's end, at which the data look whether too many rows of it were bad.
+                if self.step >= self.total and self.step % self.data.steps_per_epoch:
                     return
 
     def _train_step(self, batch: Batch) -> dict[str, Tensor]:
         """One step of the optimiser; a step whose gradients are not finite changes nothing and is counted."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self._lr(self.step)
+            group["lr"] = self.config.lr_at(self.step, self.total)
         self.optimizer.zero_grad(set_to_none=True)
         losses = backward(
             self.model,
@@ -178,9 +197,9 @@ class _Run:
         finite = bool(torch.isfinite(norm))
         if finite and self.config.clip_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.trained, self.config.clip_grad_norm, norm)
-        if finite or self.scaler.is_enabled():
+        if finite:
             self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self.scaler.update()  # lowers the scale, too, after gradients that are not finite
         self._note_broken(finite)
         if self.config.max_logit_scale is not None:
             with torch.no_grad():
@@ -191,12 +210,14 @@ class _Run:
             "loss_short": losses.short,
             "grad_norm": norm,
             "logit_scale": self.model.logit_scale.detach(),
+            "skipped_steps": torch.tensor(self.skipped),
         }
 
     def _note_broken(self, finite: bool) -> None:
         self.broken = 0 if finite else self.broken + 1
         if finite:
             return
+        self.skipped += 1
         if self.procs.main:
             logger.warning("step %d: the gradients are not finite; the step was left out", self.step + 1)
         if self.broken >= _MOST_BROKEN_STEPS:
@@ -204,13 +225,6 @@ class _Run:
                 f"The gradients of {self.broken} steps in a row, up to step {self.step + 1}, are not finite. Lower the "
                 "learning rate, bound the gradients with --clip-grad-norm 1, or compute in bf16 or fp32."
             )
-
-    def _lr(self, step: int) -> float:
-        """The learning rate of a step, counted from 0: linear warm-up, then a cosine to 0 (as in the reference)."""
-        warmup = min(self.config.warmup_steps, self.total)
-        if step < warmup:
-            return self.config.lr * (step + 1) / warmup
-        return self.config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(self.total - warmup, 1)))
 
     def _autocast(self) -> Any:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
@@ -230,15 +244,18 @@ class _Run:
                     parts["long"].append(self.model.encode_text(batch.long_ids).float())
                     parts["short"].append(self.model.encode_text(batch.short_ids).float())
             self.model.train()
-            image, long, short = (torch.cat(rows) for rows in parts.values())
-            for name, text in (("long", long), ("short", short)):
-                figures |= {f"{name}_{key}": value for key, value in retrieval(image, text).items()}
+            if parts["image"]:
+                image, long, short = (torch.cat(rows) for rows in parts.values())
+                for name, text in (("long", long), ("short", short)):
+                    figures |= {f"{name}_{key}": value for key, value in retrieval(image, text).items()}
         self.procs.wait()
         return figures
 
     def _save(self) -> None:
+        self._gather_bad_rows()
         if not self.procs.main:
             return
+        save_bad_rows(self.data.bad, self.folder)
         random = {"cpu": torch.get_rng_state()}
         if self.procs.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.procs.device)
@@ -250,6 +267,7 @@ class _Run:
             self.scaler.state_dict(),
             random,
             self.seconds,
+            self.procs.world,
         )
         save_checkpoint(self.folder, state, self.config.keep_checkpoints)
 
@@ -257,42 +275,30 @@ class _Run:
         self.step, self.seconds = state.step, state.seconds
         self.model.load_weights(state.weights)
         self.optimizer.load_state_dict(state.optimizer)
-        self.scaler.load_state_dict(state.scaler)
+        if state.scaler:  # none where the run was on a CPU so far
+            self.scaler.load_state_dict(state.scaler)
         torch.set_rng_state(state.random["cpu"])
         if self.procs.device.type == "cuda" and "cuda" in state.random:
             torch.cuda.set_rng_state(state.random["cuda"], self.procs.device)
+        load_bad_rows(self.data.bad, self.folder)
 
-    def _tell(self) -> None:
-        """Says once, before the first step, what a user should know."""
-        if not self.procs.main:
-            return
-        local = self.config.batch_size // self.procs.world
-        if self.step:
-            logger.info("going on after step %d of %d", self.step, self.total)
-        logger.info(
-            "%d pairs, %d steps of %d, %s on %s%s",
-            self.data.rows,
-            self.total,
-            self.config.batch_size,
-            self.precision,
-            self.procs.device,
-            f", {self.procs.world} processes" if self.procs.world > 1 else "",
-        )
-        rows = local if self.config.pcm_scope == "local" else self.config.batch_size
-        width = self.model.architecture.embed_dim
-        if self.config.objective == "longclip" and pcm_is_identity(rows, width, self.config.components):
-            logger.warning(
-                "PCM changes nothing here: %d rows of %d values have no more than %d principal components, so the short "
-                "captions are matched with the whole image feature. Enlarge the batch (--batch-size with --chunk-size "
-                "needs no more memory), choose --pcm-scope global, or fewer --components.",
-                rows,
-                width,
-                self.config.components,
-            )
+    def _gather_bad_rows(self) -> None:
+        """Gives the first process the bad rows of all."""
+        for rows in self.procs.collect(list(self.data.bad)):
+            if self.procs.main:
+                for row in rows:
+                    self.data.bad.add(row)
 
-    def _finish(self, figures: dict[str, float]) -> TrainReport:
-        if self.procs.main:
-            figures = figures or self.validate()
+    def _finish(self, figures: dict[str, float], trained: bool) -> TrainReport:
+        self._gather_bad_rows()
+        written = None if trained else finished_figures(self.folder, self.total)
+        if not trained and not self.procs.collect(written is not None)[0]:
+            figures = self.validate()  # the run was stopped between its last checkpoint and its results
+        if self.procs.main and written is not None:
+            figures = written
+        elif self.procs.main:
+            if self.skipped:
+                logger.warning("%d steps were left out: their gradients were not finite", self.skipped)
             save_results(
                 self.folder,
                 self.config,

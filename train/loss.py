@@ -5,6 +5,7 @@ Features come in as the towers' projections, not yet of length 1; all of the los
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+logger = logging.getLogger("longclip_rt")
 
 COMPONENTS = 32
 """Principal components that the coarse branch keeps (reference code; the paper, section 3.2, leaves it open)."""
@@ -129,7 +132,8 @@ def contrastive_loss(
     Returns:
         Scalar float32.
     """
-    logits = logit_scale.float().exp() * image @ text.T  # [B, B]
+    with _no_autocast(image):
+        logits = logit_scale.float().exp() * image @ text.T  # [B, B]
     target = torch.arange(len(logits), device=logits.device)
     by_image = F.cross_entropy(logits, target, label_smoothing=label_smoothing)
     by_text = F.cross_entropy(logits.T, target, label_smoothing=label_smoothing)
@@ -140,10 +144,10 @@ def pcm_reconstruct(features: Tensor, components: int = COMPONENTS) -> Tensor:
     """Rebuilds features from the batch's first principal components: primary component matching (section 3.2).
 
     The batch's mean is taken off, what is left is projected on its first right singular vectors, and the mean added
-    back; the result is not scaled to length 1. Gradients flow through the choice of the vectors too. They are those of
-    the exact derivative wherever the last kept and the first dropped singular value differ, and stay finite where they
-    do not: the derivative of the projection depends on that gap only, not on gaps among the kept ones, which is where
-    the derivative of a singular value decomposition breaks down.
+    back; the result is not scaled to length 1. Gradients flow through the choice of the vectors too. The projection's
+    derivative depends on the gaps between kept and dropped eigenvalues (squared singular values) only, not on those
+    among the kept ones, at which the derivative of a decomposition breaks down too. It is exact where these gaps are
+    at least 1e-4 of the largest eigenvalue; smaller ones count as that, so that it stays finite where there is none.
 
     A batch of at most `components` + 1 rows has no more than `components` directions: it is returned unchanged.
 
@@ -158,7 +162,8 @@ def pcm_reconstruct(features: Tensor, components: int = COMPONENTS) -> Tensor:
     if pcm_is_identity(len(features), features.shape[1], components):
         return features
     mean = features.mean(dim=0)
-    rebuilt: Tensor = _TopComponents.apply(features - mean, components)  # type: ignore[no-untyped-call]
+    with _no_autocast(features):
+        rebuilt: Tensor = _TopComponents.apply(features - mean, components)  # type: ignore[no-untyped-call]
     return rebuilt + mean
 
 
@@ -191,27 +196,38 @@ class _TopComponents(torch.autograd.Function):
         floor = (_SMALLEST_GAP * squares[0]).clamp_min(torch.finfo(squares.dtype).tiny)
         gaps = (squares[: ctx.components, None] - squares[None, ctx.components :]).clamp_min(floor)
         to_null = squares[: ctx.components, None].clamp_min(floor)
-        # v_i^T (X^T dY + dY^T X) for every kept i, [k, D]: the projector's gradient, made symmetric.
-        pull = (kept @ x.T) @ gradient + (kept @ gradient.T) @ x
-        within = (pull @ dropped.T) / gaps  # [k, R - k]
-        # Directions in which the batch does not vary at all: what is left of `pull` outside the span of `vectors`.
-        outside = (pull - (pull @ vectors.T) @ vectors) / to_null  # [k, D]
-        turn = within @ dropped + outside  # [k, D]
-        change = (x @ kept.T) @ turn + (x @ turn.T) @ kept
-        return (gradient @ kept.T) @ kept + change, None
+        with _no_autocast(x):
+            # v_i^T (X^T dY + dY^T X) for every kept i, [k, D]: the projector's gradient, made symmetric.
+            pull = (kept @ x.T) @ gradient + (kept @ gradient.T) @ x
+            within = (pull @ dropped.T) / gaps  # [k, R - k]
+            # Directions in which the batch does not vary at all: what is left of `pull` outside the span of `vectors`.
+            outside = (pull - (pull @ vectors.T) @ vectors) / to_null  # [k, D]
+            turn = within @ dropped + outside  # [k, D]
+            change = (x @ kept.T) @ turn + (x @ turn.T) @ kept
+            return (gradient @ kept.T) @ kept + change, None
 
 
 def _right_singular(x: Tensor) -> tuple[Tensor, Tensor]:
     """Singular values [R] and right singular vectors [R, D] of [B, D] float32, R = min(B, D); NaN for a bad batch.
 
-    LAPACK and cuSOLVER may fail to converge on repeated singular values (a batch of equal rows, for one); the second
-    try, in float64 on the CPU, then does.
+    LAPACK and cuSOLVER may fail to converge on repeated singular values (a batch of equal rows, for one), with an error
+    or without. The second try, as the eigenvectors of X^T X in float64 on the CPU, does converge.
     """
     rank = min(x.shape)
     if not bool(torch.isfinite(x).all()):
         return x.new_full((rank,), torch.nan), x.new_full((rank, x.shape[1]), torch.nan)
     try:
         _, values, vectors = torch.linalg.svd(x, full_matrices=False)
-    except torch.linalg.LinAlgError:
-        _, values, vectors = torch.linalg.svd(x.cpu().double(), full_matrices=False)
-    return values.to(x), vectors.to(x)
+        if bool(torch.isfinite(vectors).all()):
+            return values, vectors
+    except RuntimeError:  # LinAlgError is one; cuSOLVER's own errors are plain ones
+        logger.debug("the singular value decomposition did not converge; trying another way")
+    exact = x.detach().cpu().double()
+    squares, eigenvectors = torch.linalg.eigh(exact.T @ exact)  # ascending
+    values = squares.clamp_min(0).sqrt()
+    return values.flip(0)[:rank].to(x), eigenvectors.T.flip(0)[:rank].to(x)
+
+
+def _no_autocast(like: Tensor) -> torch.autocast:
+    """Keeps products in float32 where the caller's code runs under autocast."""
+    return torch.autocast(like.device.type, enabled=False)

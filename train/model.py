@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from longclip_rt.architecture import Architecture
+from longclip_rt.architecture import CLIP_CONTEXT_LENGTH, LONG_CONTEXT_LENGTH, Architecture
 from longclip_rt.errors import WeightsError
 from longclip_rt.positions import KEPT_ROWS, stretch_positions
 from longclip_rt.towers import Block, ImageTower, Pick, TextTower, open_clip_model
 from longclip_rt.weights.naming import SECOND_TABLE
 
 Stretch = Literal["kps", "interpolate", "none"]
-"""How a table of 77 positions becomes one of 248: knowledge-preserved stretching, plain interpolation, or not at all."""
+"""How 77 positions become 248: knowledge-preserved stretching, plain interpolation, or not at all."""
 
 
 class _Recomputed(nn.Module):
@@ -41,13 +41,15 @@ class _TwoTableTower(TextTower):
 
     def positions(self, length: int) -> Tensor:
         """Rows < kept of the frozen table, the others of the trained one; [length, W]."""
-        if length <= self.kept:
-            return self.positional_embedding[:length]
-        return torch.cat([self.positional_embedding[: self.kept], self.second[self.kept : length]])
+        # Of a short text nothing is trained, but a gradient of zeros says so: every process then has the same ones.
+        table: Tensor = torch.cat(
+            [self.positional_embedding[: min(length, self.kept)], self.second[self.kept : length]]
+        )
+        return table
 
 
 class TrainableClip(nn.Module):
-    """CLIP or Long-CLIP with gradients. `forward` gives features as the loss takes them: projected, not normalised.
+    """CLIP or Long-CLIP with gradients. Features are given as the loss takes them: projected, not normalised.
 
     With `kps`, the first 20 position rows belong to a frozen table and the others to a trained one, as in the
     reference; otherwise the single table is trained.
@@ -74,7 +76,7 @@ class TrainableClip(nn.Module):
             state_dict: Every tensor of `architecture.shapes()`; for `kps` and `interpolate` with a table of CLIP's 77
                 rows, or of 248 already (which a resumed run has), and then, for `kps`, with the second table too where
                 there is one.
-            stretch: What to do with the position table.
+            stretch: What to do with the position table; `none` takes one of any length.
             logit_scale: What to set the logarithm of the inverse temperature to; None keeps the weights' own.
             gradient_checkpointing: Whether to compute activations again in the backward pass instead of keeping them.
 
@@ -92,25 +94,26 @@ class TrainableClip(nn.Module):
         fields = architecture.to_dict() | {"context_length": len(table)}
         self.architecture = Architecture.from_dict(fields)
         self.stretch = stretch
-        self._clip: Any = open_clip_model(self.architecture, tensors)
-        self._clip.attn_mask = None  # without data, and of no use to the towers
-        self._clip.requires_grad_(True).train()
-        self.logit_scale: nn.Parameter = self._clip.logit_scale
+        clip = cast(Any, open_clip_model(self.architecture, tensors))
+        clip.attn_mask = None  # without data, and of no use to the towers
+        clip.requires_grad_(True).train()
+        self._clip = clip
+        self.logit_scale: nn.Parameter = clip.logit_scale
         self.kept_rows = KEPT_ROWS if stretch == "kps" else 0
         if stretch == "kps":
             self._second = nn.Parameter((table if second is None else second).clone())
-            self._clip.positional_embedding.requires_grad_(False)
-            text: TextTower = _TwoTableTower(self.architecture, self._clip, self._second, self.kept_rows)
+            clip.positional_embedding.requires_grad_(False)
+            text: TextTower = _TwoTableTower(self.architecture, clip, self._second, self.kept_rows)
         else:
-            text = TextTower(self.architecture, self._clip)
-        image = ImageTower(self.architecture, self._clip)
+            text = TextTower(self.architecture, clip)
+        image = ImageTower(self.architecture, clip)
         if gradient_checkpointing:
             for tower in (text, image):
                 tower.blocks = nn.ModuleList(_Recomputed(block) for block in tower.blocks)  # type: ignore[assignment, arg-type]
         # In a tuple, out of nn.Module's sight: their parameters are the model's above and must not count twice.
         self._towers = (text.with_outputs(["pooler_output"]), image.with_outputs(["pooler_output"]))
 
-    def compile(self, *args: Any, **options: Any) -> None:
+    def compile_towers(self) -> None:
         """Compiles both towers with `torch.compile`, for batches whose text length changes."""
         text, image = self._towers
         self._towers = (torch.compile(text, dynamic=True), torch.compile(image))  # type: ignore[assignment]
@@ -131,13 +134,13 @@ class TrainableClip(nn.Module):
         """The weights with Long-CLIP's names (OpenAI's, and `positional_embedding_res`), float32 on the CPU, copied.
 
         With `kps` both tables are as they were trained. A single table of 248 rows is given as both, so that folding
-        them gives it back; one of 77 rows, CLIP's, stands alone.
+        them gives it back; one of another length, as CLIP's 77, stands alone.
         """
         weights = {name: tensor.detach().float().cpu().clone() for name, tensor in self._clip.state_dict().items()}
         table = weights["positional_embedding"]
         if self.stretch == "kps":
             weights[SECOND_TABLE] = self._second.detach().float().cpu().clone()
-        elif self.stretch == "interpolate":
+        elif len(table) == LONG_CONTEXT_LENGTH:
             weights[SECOND_TABLE] = table.clone()
         return weights
 
@@ -163,9 +166,9 @@ def stretched(table: Tensor, stretch: Stretch) -> Tensor:
     Raises:
         WeightsError: The table has another number of rows.
     """
-    if stretch == "none" or len(table) == 248:
+    if stretch == "none" or len(table) == LONG_CONTEXT_LENGTH:
         return table
-    if len(table) != 77:
+    if len(table) != CLIP_CONTEXT_LENGTH:
         raise WeightsError(
             f"The text position table has {len(table)} rows; to train Long-CLIP it must have 77, as CLIP has, or 248. "
             "To train with another context length, leave the positions as they are: --positions none."
@@ -173,6 +176,6 @@ def stretched(table: Tensor, stretch: Stretch) -> Tensor:
     if stretch == "kps":
         return stretch_positions(table)
     rows = table.detach().double().cpu().numpy()
-    at = np.linspace(0, len(rows) - 1, 248)
+    at = np.linspace(0, len(rows) - 1, LONG_CONTEXT_LENGTH)
     even = [np.interp(at, np.arange(len(rows)), column) for column in rows.T]
     return torch.from_numpy(np.stack(even, axis=1)).to(table)

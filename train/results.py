@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+import re
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,10 +17,10 @@ from longclip_rt.checkpoint import Checkpoint
 from longclip_rt.convert import write_weights
 from longclip_rt.train.card import CARD_FILE, ModelCard, TrainingFacts, write_model_card
 from longclip_rt.train.config import SCRATCH, TrainConfig
-from longclip_rt.train.data import TrainingData
+from longclip_rt.train.data import BadRow, BadRows, TrainingData
 from longclip_rt.train.distributed import Processes
 from longclip_rt.train.model import TrainableClip
-from longclip_rt.train.report import plot_curves
+from longclip_rt.train.report import CURVES_FILE, METRICS_FILE, plot_curves, read_metrics
 
 logger = logging.getLogger("longclip_rt")
 
@@ -52,14 +54,48 @@ def save_results(
     """
     trained = dataclasses.replace(start, architecture=model.architecture)
     write_weights(trained, model.weights(), folder / WEIGHTS)
+    save_bad_rows(data.bad, folder)
     if data.bad.count:
-        data.bad.save(folder / BAD_ROWS)
         logger.warning("%d rows could not be used; they are listed in %s", data.bad.count, folder / BAD_ROWS)
     if data.long_truncated:
-        logger.info("%d of %d long captions were cut to %d tokens", data.long_truncated, data.drawn,
-                    model.architecture.context_length)  # fmt: skip
+        share = data.long_truncated / data.drawn
+        logger.info("%.1f%% of the long captions were cut to %d tokens", 100 * share, model.architecture.context_length)
     plot_curves(folder)
     write_model_card(folder / CARD_FILE, _card(config, model, data, figures, steps, seconds, precision, processes))
+
+
+def finished_figures(folder: Path, steps: int) -> dict[str, float] | None:
+    """The last validation's figures of a run whose results are all written; None where one of them is not.
+
+    Args:
+        folder: The run's folder.
+        steps: The run's last step.
+    """
+    if not all((folder / name).is_file() for name in (WEIGHTS, CURVES_FILE, CARD_FILE, METRICS_FILE)):
+        return None
+    last = {name: values[-1] for name, (at, values) in read_metrics(folder).items() if at[-1] == steps}
+    return {name: value for name, value in last.items() if re.fullmatch(r"(long|short)_(i2t|t2i)_r\d+", name)}
+
+
+def save_bad_rows(rows: BadRows, folder: Path) -> None:
+    """Writes `bad_rows.jsonl`, where there are such rows.
+
+    Raises:
+        OutputError: The disk refuses.
+    """
+    if rows.count:
+        rows.save(folder / BAD_ROWS)
+
+
+def load_bad_rows(rows: BadRows, folder: Path) -> None:
+    """Adds those that `save_bad_rows` wrote; a list that cannot be read is passed over, and finds itself again."""
+    try:
+        for line in (folder / BAD_ROWS).read_text(encoding="utf-8").splitlines():
+            rows.add(BadRow(**json.loads(line)))
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, TypeError) as error:
+        logger.warning("%s cannot be read (%s); its rows will be found again", folder / BAD_ROWS, error)
 
 
 def _card(
@@ -101,9 +137,11 @@ def _hardware(processes: Processes) -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the code, where it runs from a checkout."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    """The commit of the code, where it runs from its own checkout (and not, installed, in that of another project)."""
+    root = Path(__file__).resolve().parents[1]
+    git = ["git", "-C", str(root), "rev-parse", "--show-toplevel", "HEAD"]
     try:
-        return subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        told = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.split("\n")
     except (OSError, subprocess.SubprocessError):
         return None
+    return told[1] if Path(told[0]).resolve() == root else None

@@ -1,9 +1,9 @@
-"""What a run begins with: its folder, the weights, the precision and the data."""
+"""What a run begins with: the weights, the precision and the data."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import logging
 import tempfile
 from pathlib import Path
 
@@ -12,64 +12,27 @@ import torch
 from longclip_rt.architecture import CLIP_CONTEXT_LENGTH, LONG_CONTEXT_LENGTH, Architecture
 from longclip_rt.checkpoint import Checkpoint, load_checkpoint
 from longclip_rt.errors import TrainingError
-from longclip_rt.files import output_errors, write_text_atomically
 from longclip_rt.machine import cpu_features
 from longclip_rt.preprocess import ImageTransform
 from longclip_rt.tokenizer import Tokenizer
-from longclip_rt.train.checkpoints import TrainState, load_newest_checkpoint
-from longclip_rt.train.config import SCRATCH, Positions, TrainConfig
+from longclip_rt.train.config import SCRATCH, TrainConfig
 from longclip_rt.train.data import DataOptions, TrainingData, open_data
 from longclip_rt.train.distributed import Processes
+from longclip_rt.train.loss import pcm_is_identity
+from longclip_rt.train.model import TrainableClip
 from longclip_rt.weights.random import random_state_dict, sha256_of_tensors
 
-CONFIG = "config.json"
-
-# What may differ when a run goes on: none of it changes what is learnt.
-_FREE = ("workers", "checkpoint_every", "keep_checkpoints", "validate_every")
+logger = logging.getLogger("longclip_rt")
 
 
-def claim_folder(config: TrainConfig, folder: Path, resume: bool, procs: Processes) -> TrainState | None:
-    """Makes the run's folder and notes its configuration there, or finds what to go on with.
+def starting_weights(config: TrainConfig, progress: bool = True) -> Checkpoint:
+    """The weights to begin with: loaded, or drawn from the seed.
+
+    With `kps` positions a table of 77 rows comes back stretched to 248; otherwise it keeps its length.
 
     Args:
         config: The run.
-        folder: Its folder.
-        resume: Whether to go on with what is there.
-        procs: The first process writes.
-
-    Returns:
-        The newest good checkpoint; None for a new run, and for one that has none yet.
-
-    Raises:
-        TrainingError: The folder holds another run, or one that was not asked to go on.
-        OutputError: It cannot be written.
-    """
-    file = folder / CONFIG
-    written = json.dumps(config.to_dict(), indent=2) + "\n"
-    # Read by all before it is written by one.
-    before = file.read_text(encoding="utf-8") if file.is_file() else None
-    procs.wait()
-    if before is not None:
-        if not resume:
-            raise TrainingError(f"{folder} holds a run. Add --resume to go on with it, or choose another --out.")
-        old, new = json.loads(before), json.loads(written)
-        differing = [name for name in new if name not in _FREE and old.get(name) != new[name]]
-        if differing:
-            told = ", ".join(f"{name} ({old.get(name)!r} there, {new[name]!r} here)" for name in differing)
-            raise TrainingError(
-                f"The run in {folder} has another {told}. Resume it with its own settings, or choose another --out."
-            )
-    if procs.main:
-        with output_errors(file):
-            folder.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(file, written)
-    return load_newest_checkpoint(folder) if before is not None else None
-
-
-def starting_weights(config: TrainConfig) -> Checkpoint:
-    """The weights to begin with: loaded, or drawn from the seed.
-
-    With `kps` positions a table of 77 rows comes back stretched to 248; otherwise it keeps its 77.
+        progress: Whether to show a download's progress on stderr.
 
     Raises:
         WeightsError: They cannot be used.
@@ -79,8 +42,8 @@ def starting_weights(config: TrainConfig) -> Checkpoint:
         architecture = dataclasses.replace(config.architecture, context_length=CLIP_CONTEXT_LENGTH)
         weights = random_state_dict(architecture, config.seed)
         return Checkpoint(weights, architecture, SCRATCH, sha256_of_tensors(weights), trained=True)
-    length = LONG_CONTEXT_LENGTH if config.positions == "kps" else CLIP_CONTEXT_LENGTH
-    checkpoint = load_checkpoint(config.weights, context_length=length)
+    length = LONG_CONTEXT_LENGTH if config.positions == "kps" else None
+    checkpoint = load_checkpoint(config.weights, context_length=length, progress=progress)
     return dataclasses.replace(checkpoint, trained=True)
 
 
@@ -128,3 +91,39 @@ def open_training_data(
         max_bad=config.max_bad,
     )
     return open_data(options, tokenizer, transform, procs.rank, procs.world)
+
+
+def announce(
+    config: TrainConfig,
+    model: TrainableClip,
+    data: TrainingData,
+    procs: Processes,
+    precision: str,
+    step: int,
+    total: int,
+    quiet: bool,
+) -> None:
+    """Says once, before the first step, what a user should know; `quiet` leaves the warnings only."""
+    if step >= total:
+        if not quiet:
+            logger.info("all %d steps of this run are done", total)
+        return
+    if not quiet:
+        if step:
+            logger.info("going on after step %d of %d", step, total)
+        others = f", {procs.world} processes" if procs.world > 1 else ""
+        what = (data.rows, total, config.batch_size, precision, procs.device, others)
+        logger.info("%d pairs, %d steps of %d, %s on %s%s", *what)
+    if config.warmup_steps >= total:
+        logger.warning("the learning rate never falls: the warm-up takes all of the %d steps", total)
+    rows = config.batch_size // procs.world if config.pcm_scope == "local" else config.batch_size
+    width = model.architecture.embed_dim
+    if config.objective == "longclip" and pcm_is_identity(rows, width, config.components):
+        logger.warning(
+            "PCM changes nothing here: %d rows of %d values have no more than %d principal components, so the short "
+            "captions are matched with whole image features. Enlarge the batch (--batch-size with --chunk-size needs "
+            "no more memory), choose --pcm-scope global, or fewer --components.",
+            rows,
+            width,
+            config.components,
+        )

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import random
-import re
-import tarfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +20,12 @@ from longclip_rt.errors import InputError, TrainingError
 from longclip_rt.extras import require
 from longclip_rt.tokenizer import Tokenizer
 from longclip_rt.train.feeds import Share, StreamFeed, shuffled
-from longclip_rt.train.rows import Pair, Row, caption_or_none, pair_of
+from longclip_rt.train.rows import BadRow, Pair, Row, caption_or_none, pair_of
+from longclip_rt.train.shard_counts import rows_of_shards
 from longclip_rt.train.table_files import LONG_COLUMNS, SHORT_COLUMNS, Columns
-
-logger = logging.getLogger("longclip_rt")
 
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")
 _TEXT_MEMBERS = ("txt", "json")
-_STATISTICS = "_stats.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +86,7 @@ class Shards:
     Attributes:
         paths: The files.
         ranges: For each file, the first of its rows and the first row behind them; None: to its end.
+        counted: For each file, how many rows it is thought to hold in all.
         count: Rows in all.
         columns: Which fields of JSON members are captions.
         buffer: Rows that are held to be shuffled.
@@ -98,6 +94,7 @@ class Shards:
 
     paths: tuple[Path, ...]
     ranges: tuple[tuple[int, int | None], ...]
+    counted: tuple[int, ...]
     count: int
     columns: Columns
     buffer: int
@@ -132,43 +129,51 @@ class Shards:
 
     def split(self, count: int) -> tuple[Shards, Shards]:
         """Parts the first rows from the others."""
-        first: list[tuple[Path, tuple[int, int | None]]] = []
-        others: list[tuple[Path, tuple[int, int | None]]] = []
+        first: list[tuple[Path, tuple[int, int | None], int]] = []
+        others: list[tuple[Path, tuple[int, int | None], int]] = []
         left = count
-        for path, rows in zip(self.paths, _counts(self.paths), strict=True):
+        for path, rows in zip(self.paths, self.counted, strict=True):
             taken = min(left, rows)
             left -= taken
             if taken:
-                first.append((path, (0, taken)))
+                first.append((path, (0, taken), rows))
             if taken < rows or not rows:
-                others.append((path, (taken, None)))
+                others.append((path, (taken, None), rows))
         return self._part(first, count), self._part(others, self.count - count)
 
-    def _part(self, pieces: list[tuple[Path, tuple[int, int | None]]], count: int) -> Shards:
-        paths, ranges = zip(*pieces, strict=True) if pieces else ((), ())
-        return Shards(paths, ranges, count, self.columns, self.buffer)
+    def _part(self, pieces: list[tuple[Path, tuple[int, int | None], int]], count: int) -> Shards:
+        paths, ranges, counted = zip(*pieces, strict=True) if pieces else ((), (), ())
+        return replace(self, paths=paths, ranges=ranges, counted=counted, count=count)
 
     def _rows(self, order: Sequence[int] | np.ndarray) -> Iterator[Row]:
         for place in order:
             first, stop = self.ranges[place]
-            rows = _rows_of_shard(self.paths[place], self.columns)
+            rows = _rows_of_shard(self.paths[place], self.columns, self.counted[place])
             yield from itertools.islice(rows, first, stop)
 
 
-def open_shards(paths: Sequence[Path], columns: Columns, buffer: int) -> Shards:
-    """Counts the rows of shards.
+def open_shards(paths: Sequence[Path], columns: Columns, buffer: int) -> tuple[Shards, tuple[BadRow, ...]]:
+    """Opens shards and counts their rows.
 
-    img2dataset leaves the number of rows beside each shard; without that, the headers of each shard are read.
+    Returns:
+        The shards, and those that are damaged.
 
     Raises:
         TrainingError: A file cannot be read.
         MissingExtraError: webdataset is not installed.
     """
     require("webdataset", "train")
-    return Shards(tuple(paths), ((0, None),) * len(paths), sum(_counts(paths)), columns, buffer)
+    counts = rows_of_shards(paths, _is_wanted)
+    counted = tuple(count.rows for count in counts)
+    damaged = tuple(
+        BadRow(path.name, f"The shard is damaged after {count.rows} rows, and those behind it are lost.")
+        for path, count in zip(paths, counts, strict=True)
+        if count.damaged
+    )
+    return Shards(tuple(paths), ((0, None),) * len(paths), counted, sum(counted), columns, buffer), damaged
 
 
-def _rows_of_shard(path: Path, columns: Columns) -> Iterator[Row]:
+def _rows_of_shard(path: Path, columns: Columns, counted: int) -> Iterator[Row]:
     iterators = require("webdataset.tariterators", "train")
     troubles: list[str] = []
 
@@ -176,53 +181,21 @@ def _rows_of_shard(path: Path, columns: Columns) -> Iterator[Row]:
         troubles.append(str(error.args[0] if error.args else error))
         return True  # go on with what can be read
 
+    found = 0
     try:
         with path.open("rb") as stream:
             files = iterators.tar_file_expander([{"url": str(path), "stream": stream}], note, _is_wanted)
             for sample in iterators.group_by_keys(files, handler=note):
+                found += 1
                 members = {name: value for name, value in sample.items() if not name.startswith("__")}
                 yield ShardRow(f"{path.name}/{sample['__key__']}", members, columns)
     except OSError as error:
         troubles.append(error.strerror or str(error))
+    if not troubles and found < counted:
+        troubles.append(f"it gave {found} rows of {counted}")
     if troubles:
         yield BrokenShard(path.name, f"The shard is damaged, and some of its rows are lost: {troubles[0]}.")
 
 
 def _is_wanted(name: str) -> bool:
     return name.rpartition(".")[2].lower() in (*IMAGE_MEMBERS, *_TEXT_MEMBERS)
-
-
-def _counts(paths: Sequence[Path]) -> list[int]:
-    counts = [_count_from_statistics(path) for path in paths]
-    unknown = counts.count(None)
-    if unknown:
-        logger.info("counting the rows of %d shards", unknown)
-    return [_count_from_headers(path) if count is None else count for path, count in zip(paths, counts, strict=True)]
-
-
-def _count_from_statistics(path: Path) -> int | None:
-    try:
-        count = json.loads(path.with_name(path.stem + _STATISTICS).read_bytes())["successes"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-    return count if isinstance(count, int) else None
-
-
-def _count_from_headers(path: Path) -> int:
-    """Rows of a shard, or of that part of a damaged one that can be read."""
-    key_of = require("webdataset.tariterators", "train").base_plus_ext
-    count, last = 0, None
-    try:
-        with tarfile.open(path) as tar:
-            for member in tar:
-                tar.members = []  # type: ignore[attr-defined]  # which would hold every header of a large shard
-                if not member.isreg() or re.match(r"__[^/]*__($|/)", member.name) or not _is_wanted(member.name):
-                    continue
-                key = key_of(member.name)[0]
-                count += key is not None and key != last
-                last = last if key is None else key
-    except tarfile.TarError as error:
-        logger.warning("%s is damaged (%s): what can be read of it is used", path, error)
-    except OSError as error:
-        raise TrainingError(f"{str(path)!r} cannot be read: {error.strerror or error}.") from error
-    return count

@@ -131,9 +131,9 @@ def _open(name: str, naming: Naming) -> tuple[Part, tuple[BadRow, ...]]:
             "or scenes:COUNT@SEED."
         )
     if kind == "webdataset":
-        return open_shards(paths, naming.columns, naming.buffer), ()
+        return open_shards(paths, naming.columns, naming.buffer)
     table = load_table(kind, paths, naming.images, naming.columns)
-    return TablePart(table, 0, len(table)), table.dropped
+    return TablePart(table, 0, table.count), table.dropped
 
 
 def _files(name: str) -> list[Path]:

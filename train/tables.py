@@ -35,37 +35,25 @@ class Table:
         kind: What the model card calls it.
         files: The files' names, as ids begin with them.
         roots: For each file, the folder that its image paths are relative to.
-        file_of: int32 [n], which file each row is from.
-        number_of: int64 [n], its place in that file, from 1.
-        images: Arrow large_string (paths) or large_binary (contents) [n].
-        longs: Arrow large_string [n].
-        shorts: Arrow large_string [n], null where a row has none.
+        chunks: Arrow record batches of `_ROWS_AT_ONCE` rows, the last of fewer: which file a row is from, its number
+            there from 1, the image's path or content, the long caption, and the short one or null.
+        count: Rows.
         dropped: Rows of the files that are not in the table, because they are broken or lack a caption.
     """
 
     kind: str
     files: tuple[str, ...]
     roots: tuple[Path, ...]
-    file_of: npt.NDArray[np.int32]
-    number_of: npt.NDArray[np.int64]
-    images: Any
-    longs: Any
-    shorts: Any
+    chunks: tuple[Any, ...]
+    count: int
     dropped: tuple[BadRow, ...]
-
-    def __len__(self) -> int:
-        return len(self.number_of)
 
     def row(self, index: int) -> Row:
         """The row at an index, from 0."""
-        file = self.file_of[index]
-        image = self.images[index].as_py()
-        return FileRow(
-            f"{self.files[file]}:{self.number_of[index]}",
-            str(self.roots[file] / image) if isinstance(image, str) else image,
-            self.longs[index].as_py(),
-            self.shorts[index].as_py(),
-        )
+        chunk, place = divmod(index, _ROWS_AT_ONCE)
+        file, number, image, long, short = self.chunks[chunk].slice(place, 1).to_pylist()[0].values()
+        where = str(self.roots[file] / image) if isinstance(image, str) else image
+        return FileRow(f"{self.files[file]}:{number}", where, long, short)
 
 
 @dataclass(frozen=True)
@@ -110,7 +98,7 @@ class _Permuted:
         return len(self.indices)
 
     def row(self, position: int) -> Row:
-        return self.table.row(self.indices[position])
+        return self.table.row(int(self.indices[position]))
 
 
 def load_table(kind: str, paths: Sequence[Path], images: Path | None, columns: Columns) -> Table:
@@ -192,50 +180,29 @@ class _Builder:
                 )
         return value
 
+    def table(self) -> Table:
+        """All of the rows."""
+        count = len(self._chunks) * _ROWS_AT_ONCE + len(self._open)
+        self._close_chunk()
+        return Table(self.kind, tuple(self.files), tuple(self.roots), tuple(self._chunks), count, tuple(self.dropped))
+
     def _close_chunk(self) -> None:
         import pyarrow as pa
 
-        files, numbers, images, longs, shorts = zip(*self._open, strict=True) if self._open else [()] * 5
-        kind = pa.large_binary() if self._image_type is bytes else pa.large_string()
-        self._chunks.append(
-            pa.table(
-                {
-                    "file": pa.array(files, pa.int32()),
-                    "number": pa.array(numbers, pa.int64()),
-                    "image": pa.array(map(_valid, images), kind),
-                    "long": pa.array(map(_valid, longs), pa.large_string()),
-                    "short": pa.array(map(_valid, shorts), pa.large_string()),
-                }
-            )
-        )
+        kinds = {
+            "file": pa.int32(),
+            "number": pa.int64(),
+            # 1024 images may be more than the 2 GiB that a plain binary column can hold.
+            "image": pa.large_binary() if self._image_type is bytes else pa.large_string(),
+            "long": pa.string(),
+            "short": pa.string(),
+        }
+        columns = list(zip(*self._open, strict=True)) or [()] * len(kinds)
+        arrays = [pa.array(map(_valid, column), kind) for column, kind in zip(columns, kinds.values(), strict=True)]
+        self._chunks.append(pa.record_batch(arrays, list(kinds)))
         self._open.clear()
 
-    def table(self) -> Table:
-        """All of the rows."""
-        import pyarrow as pa
 
-        self._close_chunk()
-        whole = pa.concat_tables(chunk for chunk in self._chunks if len(chunk) or len(self._chunks) == 1)
-        whole = whole.combine_chunks()
-        file, number, images, longs, shorts = (_one_array(column) for column in whole.columns)
-        return Table(
-            self.kind,
-            tuple(self.files),
-            tuple(self.roots),
-            file.to_numpy(),
-            number.to_numpy(),
-            images,
-            longs,
-            shorts,
-            tuple(self.dropped),
-        )
-
-
-def _valid(value: str | bytes | None) -> str | bytes | None:
+def _valid(value: object) -> object:
     """Replaces what Arrow's UTF-8 cannot hold: surrogates that stand alone, as JSON may spell them."""
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
-
-
-def _one_array(column: Any) -> Any:
-    """The only chunk of a column, which alone is quick to look things up in."""
-    return column.chunk(0) if column.num_chunks else column.combine_chunks()
