@@ -1,18 +1,18 @@
-"""Is Long-CLIP's claim true on procedural scenes? Five arms, several seeds, held-out scenes.
+"""Is Long-CLIP's claim true on procedural scenes? Five arms, three seeds, held-out scenes.
 
     python benchmarks/longclip_study.py                    # runs what is missing, then writes table, CSVs and plot
     python benchmarks/longclip_study.py --arm kps-long --seed 1
     python benchmarks/longclip_study.py --report           # only the table, CSVs and plot of what is there
 
-Every arm and seed is a training run of its own, which resumes where it was stopped; its figures are kept as JSON in
-results/longclip_study/ when it ends, and a run that has figures is not repeated. Every arm of a seed begins with the
-same CLIP of 77 tokens.
+All arms begin with one CLIP of 77 tokens, the first phase of `make tiny`, and are fine-tuned on the same scenes in the
+same order; a seed chooses other scenes and another order. Every arm and seed is a training run of its own, which goes
+on where it was stopped; its figures are kept as JSON in results/longclip_study/ when it ends, and a run that has
+figures is not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import statistics
 from collections.abc import Iterator, Mapping
@@ -24,7 +24,7 @@ from common import RESULTS, save_table
 from scene_tests import BIN, SCENES, TowerEncoders, measure
 
 from longclip_rt.files import write_text_atomically
-from longclip_rt.train.config import TINY, TrainConfig, preset_config
+from longclip_rt.train.config import TrainConfig, preset_config
 from longclip_rt.train.loop import train
 from longclip_rt.train.results import WEIGHTS
 
@@ -41,67 +41,48 @@ ARMS: dict[str, dict[str, Any]] = {
 """Name -> how it is fine-tuned: CLIP as it is; the paper's direct fine-tuning; KPS alone; without PCM; Long-CLIP."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Budget:
-    """How much every run trains. A row is a pair."""
-
-    clip_steps: int = 900
-    steps: int = 180
-    batch_size: int = 128
-    clip_lr: float = 1e-3
-    lr: float = 3e-4
-    twins: float = 0.5
+STEPS = 150
+"""Of 128 pairs, half of the scenes with a twin in the batch; `make tiny` fine-tunes six times as long."""
 
 
-ARCHITECTURE = dataclasses.replace(TINY, vision_width=128, text_layers=3)
-
-
-def config_of(arm: str, seed: int, budget: Budget, runs: Path) -> TrainConfig:
-    """The training run of an arm."""
-    shared: dict[str, Any] = {
-        "architecture": ARCHITECTURE,
-        "seed": seed,
-        "batch_size": budget.batch_size,
-        "precision": "fp32",
-        "validate_every": 10**6,
-        "checkpoint_every": 100,
-        "keep_checkpoints": 1,
-    }
-    if arm == CLIP:
-        data = f"scenes:1000000@{seed}?captions=prefix"
-        return preset_config("tiny", data, steps=budget.clip_steps, lr=budget.clip_lr, **shared)
-    return TrainConfig(
-        data=f"scenes:1000000@{seed + 100}?twins={budget.twins}",
-        weights=str(runs / f"{CLIP}-{seed}" / WEIGHTS),
-        steps=budget.steps,
-        lr=budget.lr,
-        weight_decay=0.05,
-        warmup_steps=20,
-        clip_grad_norm=1.0,
-        logit_scale=None,
-        max_logit_scale=float(np.log(100)),
-        workers=1,
+def config_of(arm: str, seed: int, clip: Path) -> TrainConfig:
+    """The fine-tuning run of an arm."""
+    return preset_config(
+        "tiny-long",
+        f"scenes:1000000@{100 + seed}?twins=0.5",
+        weights=str(clip),
+        seed=seed,
+        steps=STEPS,
+        validate_every=STEPS,
+        checkpoint_every=50,
+        keep_checkpoints=1,
         **ARMS[arm],
-        **shared,
     )
 
 
-def run_arm(arm: str, seed: int, budget: Budget, runs: Path) -> None:
-    """Trains an arm (and, first, the CLIP that it begins with) and keeps its figures; what is done is not repeated."""
-    target = RESULTS / NAME / f"{arm}-{seed}.json"
+def run_arm(arm: str, seed: int, clip: Path, runs: Path) -> None:
+    """Trains an arm and keeps its figures; what is done is not repeated. The CLIP that all begin with is only measured.
+
+    Args:
+        arm: One of `ARMS`.
+        seed: Of the scenes and their order.
+        clip: Weights of the CLIP.
+        runs: Folder of the runs.
+    """
+    target = RESULTS / NAME / (f"{arm}.json" if arm == CLIP else f"{arm}-{seed}.json")
     if target.is_file():
         return
+    weights, seconds = clip, 0.0
     if arm != CLIP:
-        run_arm(CLIP, seed, budget, runs)
-    config = config_of(arm, seed, budget, runs)
-    print(f"{arm}, seed {seed}", flush=True)
-    report = train(config, runs / f"{arm}-{seed}", resume=True, device="cpu")
-    figures, positions = measure(TowerEncoders(report.weights))
+        print(f"{arm}, seed {seed}", flush=True)
+        report = train(config_of(arm, seed, clip), runs / f"{arm}-{seed}", resume=True, device="cpu")
+        weights, seconds = report.weights, report.seconds
+    figures, positions = measure(TowerEncoders(weights))
     content = {
         "arm": arm,
-        "seed": seed,
-        "budget": dataclasses.asdict(budget),
-        "minutes": round(report.seconds / 60, 1),
+        "seed": None if arm == CLIP else seed,
+        "steps": 0 if arm == CLIP else STEPS,
+        "minutes": round(seconds / 60, 1),
         "figures": figures,
         "positions": positions,
     }
@@ -113,7 +94,7 @@ def kept_results() -> list[dict[str, Any]]:
     """What has been measured so far."""
     files = sorted((RESULTS / NAME).glob("*.json"))
     found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    return sorted(found, key=lambda one: (list(ARMS).index(one["arm"]), one["seed"]))
+    return sorted(found, key=lambda one: (list(ARMS).index(one["arm"]), one["seed"] or 0))
 
 
 def report(results: list[dict[str, Any]]) -> None:
@@ -206,13 +187,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arm", choices=ARMS, action="append", help="only this arm; may be given several times")
     parser.add_argument("--seed", type=int, action="append", help="only this seed; may be given several times")
-    parser.add_argument("--runs", type=Path, default=Path("study"), help="folder of the training runs")
+    parser.add_argument(
+        "--clip", type=Path, default=Path("tiny/clip") / WEIGHTS, help="weights of the CLIP of 77 tokens"
+    )
+    parser.add_argument("--runs", type=Path, default=Path("tiny/study"), help="folder of the training runs")
     parser.add_argument("--report", action="store_true", help="run nothing")
     options = parser.parse_args()
     if not options.report:
+        if not options.clip.is_file():
+            parser.error(f"{options.clip} is not there. It is made by: make tiny")
         for seed in options.seed or SEEDS:
             for arm in options.arm or ARMS:
-                run_arm(arm, seed, Budget(), options.runs)
+                run_arm(arm, seed, options.clip, options.runs)
     report(kept_results())
 
 

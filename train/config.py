@@ -178,8 +178,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         "precision": "fp32",  # as fast as bf16 on a CPU at these widths, and the same on every machine
         "workers": 1,
     },
+    "tiny-long": {
+        "logit_scale": None,
+        "max_logit_scale": LN_100,
+        "batch_size": 128,
+        "lr": 5e-4,
+        "weight_decay": 0.05,
+        "warmup_steps": 50,
+        "clip_grad_norm": 1.0,
+        "precision": "fp32",
+        "workers": 1,
+    },
 }
-"""Name -> what differs from the defaults: the paper's two models, and the built-in one's first phase."""
+"""Name -> what differs from the defaults: the paper's two models, and the built-in one's two phases."""
 
 
 def preset_config(preset: str, data: str, **changes: Any) -> TrainConfig:

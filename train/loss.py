@@ -196,15 +196,14 @@ class _TopComponents(torch.autograd.Function):
         floor = (_SMALLEST_GAP * squares[0]).clamp_min(torch.finfo(squares.dtype).tiny)
         gaps = (squares[: ctx.components, None] - squares[None, ctx.components :]).clamp_min(floor)
         to_null = squares[: ctx.components, None].clamp_min(floor)
-        with _no_autocast(x):
-            # v_i^T (X^T dY + dY^T X) for every kept i, [k, D]: the projector's gradient, made symmetric.
-            pull = (kept @ x.T) @ gradient + (kept @ gradient.T) @ x
-            within = (pull @ dropped.T) / gaps  # [k, R - k]
-            # Directions in which the batch does not vary at all: what is left of `pull` outside the span of `vectors`.
-            outside = (pull - (pull @ vectors.T) @ vectors) / to_null  # [k, D]
-            turn = within @ dropped + outside  # [k, D]
-            change = (x @ kept.T) @ turn + (x @ turn.T) @ kept
-            return (gradient @ kept.T) @ kept + change, None
+        # v_i^T (X^T dY + dY^T X) for every kept i, [k, D]: the projector's gradient, made symmetric.
+        pull = (kept @ x.T) @ gradient + (kept @ gradient.T) @ x
+        within = (pull @ dropped.T) / gaps  # [k, R - k]
+        # Directions in which the batch does not vary at all: what is left of `pull` outside the span of `vectors`.
+        outside = (pull - (pull @ vectors.T) @ vectors) / to_null  # [k, D]
+        turn = within @ dropped + outside  # [k, D]
+        change = (x @ kept.T) @ turn + (x @ turn.T) @ kept
+        return (gradient @ kept.T) @ kept + change, None
 
 
 def _right_singular(x: Tensor) -> tuple[Tensor, Tensor]:

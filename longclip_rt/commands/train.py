@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 # As in `longclip_rt.train.config`, which is too heavy to import for a help text; a test compares them.
-PRESETS = ("longclip-b", "longclip-l", "tiny")
+PRESETS = ("longclip-b", "longclip-l", "tiny", "tiny-long")
 OBJECTIVES = ("longclip", "long+short", "long", "clip")
 POSITIONS = ("kps", "interpolate", "none")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -32,7 +32,8 @@ _ABOVE_0 = click.FloatRange(min=0, min_open=True)
     type=click.Choice(PRESETS),
     default="longclip-b",
     show_default=True,
-    help="Settings to begin with: the paper's for ViT-B/16 and ViT-L/14; tiny is a small CLIP from scratch.",
+    help="Settings to begin with: the paper's for ViT-B/16 and ViT-L/14; tiny is a small CLIP from scratch, tiny-long "
+    "its fine-tuning.",
 )
 @click.option("--weights", metavar="WEIGHTS", help="What to begin with: as for export, or scratch. [default: preset's]")
 @click.option("--val", metavar="PAIRS", help="Pairs to validate on. [default: the first rows of --data]")
