@@ -48,7 +48,7 @@ docs: .venv/.dev-installed
 tiny: .venv/.dev-installed
 	$(BIN)/longclip-rt train --preset tiny --data "scenes:1000000@0?captions=prefix" --steps 1800 \
 	    --validate-every 300 --checkpoint-every 100 --out $(TINY)/clip --resume
-	$(BIN)/longclip-rt train --preset tiny-long --data "scenes:1000000@1?twins=0.5" --steps 900 \
+	$(BIN)/longclip-rt train --preset tiny-long --data "scenes:1000000@1?twins=0.5" --steps 600 \
 	    --validate-every 150 --checkpoint-every 100 --weights $(TINY)/clip/model.safetensors --out $(TINY)/long --resume
 	$(BIN)/python benchmarks/tiny_model.py --from-run $(TINY)/long
 

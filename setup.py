@@ -67,6 +67,7 @@ setup(
             "mypy>=1.15",
             "pytest>=8.0",
             "pytest-timeout>=2.3",
+            "PyYAML>=6.0",
             "regex>=2024.0",
             "ruff>=0.12",
             "torchvision>=0.24",

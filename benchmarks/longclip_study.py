@@ -41,7 +41,7 @@ ARMS: dict[str, dict[str, Any]] = {
 """Name -> how it is fine-tuned: CLIP as it is; the paper's direct fine-tuning; KPS alone; without PCM; Long-CLIP."""
 
 
-STEPS = 150
+STEPS = 100
 """Of 128 pairs, half of the scenes with a twin in the batch; `make tiny` fine-tunes six times as long."""
 
 

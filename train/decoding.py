@@ -7,10 +7,13 @@ skipped is not decoded.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -153,5 +156,14 @@ def _begin_worker(_number: int) -> None:
     import pyarrow as pa
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = _say_nothing_of_a_lost_connection
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     pa.set_cpu_count(1)
+
+
+def _say_nothing_of_a_lost_connection(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    """The thread that hands batches over reports here when the main process was stopped while it took one."""
+    if not isinstance(error, (EOFError, OSError, multiprocessing.AuthenticationError)):
+        sys.__excepthook__(kind, error, traceback)

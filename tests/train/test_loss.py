@@ -86,8 +86,10 @@ def test_what_the_loss_is_made_of_matters() -> None:
     assert abs(coarse - short) > 1e-3  # the reconstruction is not scaled to length 1
 
 
-def test_gradients_are_those_of_float64_autograd() -> None:
-    given = [one.requires_grad_() for one in (*features(128, 96), LN_100.clone())]
+# More rows than values, and fewer: then there are directions in which a batch does not vary at all.
+@pytest.mark.parametrize(("rows", "width"), [(128, 96), (64, 96), (64, 512)])
+def test_gradients_are_those_of_float64_autograd(rows: int, width: int) -> None:
+    given = [one.requires_grad_() for one in (*features(rows, width), LN_100.clone())]
     exact = [one.detach().double().requires_grad_() for one in given]
     longclip_loss(*given).backward()
     reference_loss(*exact).backward()
