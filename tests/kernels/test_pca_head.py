@@ -30,7 +30,8 @@ def check(case: Case, states: torch.Tensor, *, normalize: bool = True, config: s
     assert_bounded(reduced, exact[1], theirs[1], states.dtype, f"PCA {what}")
     alone, nothing = pca_head(states, head, normalize=normalize, config=config)
     assert nothing is None
-    torch.testing.assert_close(alone, reduced, rtol=0, atol=0)
+    # On a GPU the two may have been given different configurations.
+    torch.testing.assert_close(alone, reduced, rtol=0, atol=0 if states.device.type == "cpu" else 1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
