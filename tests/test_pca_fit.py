@@ -118,6 +118,8 @@ def test_pairs_by_row_and_none(tmp_path: Path) -> None:
     texts = write_embeddings(tmp_path / "t.parquet", vectors[1::2], ["a text"] * 200, ["text"] * 200)
     by_row = fit_pca([images, texts], FitOptions(pairs="rows")).retention
     assert by_row is not None and by_row.pairs > 30 and (by_row.rows[-1].images_found or 0) > 0.9
+    alone = fit_pca([images], FitOptions()).retention
+    assert alone is not None and (alone.texts, alone.pairs) == (0, 0) and alone.rows[0].texts_found is None
     none = fit_pca([images, texts], FitOptions(pairs="none")).retention
     assert none is not None and none.pairs == 0 and none.rows[0].images_found is None
     assert none.rows[0].neighbours is not None

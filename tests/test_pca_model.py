@@ -21,7 +21,7 @@ from longclip_rt.commands.export import export
 from longclip_rt.commands.pca import pca as pca_command
 from longclip_rt.commands.search import search
 from longclip_rt.embeddings import load_embeddings
-from longclip_rt.errors import BundleError, PcaError
+from longclip_rt.errors import BundleError, OutputError, PcaError
 from longclip_rt.examples import example_captions, example_photos
 from longclip_rt.export import exporter
 from longclip_rt.export.exporter import ExportOptions, ParityError, export_bundle
@@ -123,6 +123,9 @@ def test_vectors_of_different_pcas_are_never_compared(tiny_bundle: Path, folder:
     joint, apart = folder / "joint.safetensors", folder / "apart.safetensors"
     short = embedded(tiny_bundle, folder / "mixed.parquet", "--pca", joint)
     options = {"bundle": tiny_bundle, "backend": "onnxruntime"}
+    arguments = [FILES, "-o", short, "--bundle", tiny_bundle, "--backend", "onnxruntime", "--pca", apart]
+    again = CliRunner().invoke(embed, [str(argument) for argument in arguments])
+    assert isinstance(again.exception, OutputError) and "pca was" in str(again.exception)
     with pytest.raises(PcaError, match=rf"made with the PCA \w+ \(K = {K}\), and the bundle carries none.*--pca"):
         search_query(short, "a cup", **options)
     with pytest.raises(PcaError, match=r"Vectors of two PCAs cannot be compared: give the first one"):
