@@ -1,4 +1,4 @@
-# make demo, test, lint, bench, tiny, study, docs: each makes .venv, installs what it needs, and nothing else.
+# make demo, test, test-gpu, lint, bench, tiny, study, docs: each makes .venv, installs what it needs, and nothing else.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
@@ -7,7 +7,7 @@ BUILT_IN := longclip_rt/assets/tiny
 # Models of ViT-B/16's size for the benchmarks: untrained, since only their shape matters there.
 LARGE := $(DEMO)/vit-b-16
 
-.PHONY: demo test lint bench tiny study docs clean
+.PHONY: demo test test-gpu lint bench tiny study docs clean
 
 .venv/.made:
 	$(PYTHON) -m venv .venv
@@ -34,6 +34,11 @@ demo: .venv/.demo-installed
 
 test: lint
 	$(BIN)/python -m pytest
+
+# The kernels' tests on an NVIDIA GPU, and the times of the PCA head there.
+test-gpu: .venv/.dev-installed
+	LONGCLIP_RT_TEST_GPU=1 $(BIN)/python -m pytest -m gpu tests/kernels
+	$(BIN)/python benchmarks/pca_head.py
 
 lint: .venv/.dev-installed
 	$(BIN)/ruff check .
@@ -66,4 +71,4 @@ bench: .venv/.dev-installed $(LARGE)/bundle.json
 	$(BIN)/python benchmarks/memory.py --bundle $(LARGE)
 
 clean:
-	rm -rf $(DEMO) build dist *.egg-info
+	rm -rf $(DEMO) kernels-compiled build dist *.egg-info

@@ -14,7 +14,6 @@ EXPORT = [
     "open_clip_torch>=3.0",
     "onnx>=1.18",  # opset 23
     "onnxscript>=0.5",
-    "safetensors>=0.5",
 ]
 
 TRAIN = [
@@ -52,6 +51,7 @@ setup(
         "Pillow>=10.1",
         "platformdirs>=4.0",
         "pyarrow>=16.0",
+        "safetensors>=0.5",
         "tokenizers>=0.20",
         "tqdm>=4.60",
     ],
@@ -60,6 +60,7 @@ setup(
         "gpu": ["onnxruntime-gpu>=1.23"],
         "export": EXPORT,
         "train": TRAIN,
+        "plot": ["matplotlib>=3.8"],
         "dev": [
             *TRAIN,
             "onnxruntime>=1.23",
@@ -70,6 +71,7 @@ setup(
             "PyYAML>=6.0",
             "regex>=2024.0",
             "ruff>=0.12",
+            "scikit-learn>=1.4",
             "torchvision>=0.24",
             "transformers>=5.0",
         ],

@@ -41,9 +41,7 @@ def main() -> None:
                 for text in (whole, cut)]  # fmt: skip
         found += hits
         print(f"{number:>5}  {len(ids[places[0]]):>6}  {hits[0]:>7} of {len(places)}  {hits[1]:>4} of {len(places)}")
-    print(
-        f"In all: {found[0]} of {len(rows)} with whole captions, {found[1]} with 77 tokens; chance finds a quarter."
-    )
+    print(f"In all: {found[0]} of {len(rows)} with whole captions, {found[1]} with 77 tokens; chance finds a quarter.")
 
     photos = example_captions()
     pictures = embedder.embed_images([photo.photo for photo in photos])
