@@ -19,7 +19,9 @@ from longclip_rt.runtime import Embedder
 from longclip_rt.tokenizer import Tokenizer, pad_tokens
 from longclip_rt.towers import towers_from_checkpoint
 from longclip_rt.train.evaluate import pair_accuracy, retrieval, zero_shot_accuracy
+from longclip_rt.train.scene_words import with_article
 from longclip_rt.train.scenes import (
+    COLOURS,
     KINDS,
     Scene,
     class_prompt,
@@ -139,6 +141,13 @@ def measure(encoders: Encoders, count: int = SCENES) -> tuple[dict[str, float], 
     figures |= {f"short_{name}": value for name, value in retrieval(image, short, k=(1,)).items()}
     labels = torch.tensor([KINDS.index(main_kind(one)) for one in scenes])
     figures["zero_shot"] = zero_shot_accuracy(image, encoders.texts([class_prompt(kind) for kind in KINDS]), labels)
+    # Kinds are shapes, the hardest thing to learn in this world; so the main thing's colour is asked for too, with
+    # prompts averaged over the kinds.
+    colours = list(COLOURS)
+    labels = torch.tensor([colours.index(one.things[0].colour) for one in scenes])
+    prompts = encoders.texts([f"a photo of {with_article(f'{colour} {kind}')}" for colour in colours for kind in KINDS])
+    averaged = prompts.reshape(len(colours), len(KINDS), -1).mean(dim=1)
+    figures["zero_shot_colour"] = zero_shot_accuracy(image, averaged, labels)
 
     rows: list[int] = []
     twins, positions = [], []

@@ -100,7 +100,8 @@ def measured(embedder: Embedder) -> list[dict[str, object]]:
         "long_t2i_r1": "long captions: text to image, R@1",
         "short_i2t_r1": "short captions: image to text, R@1",
         "short_t2i_r1": "short captions: text to image, R@1",
-        "zero_shot": "kind of the main thing among 24, zero-shot",
+        "zero_shot": "kind of the main thing among 24, zero-shot (chance: 4%)",
+        "zero_shot_colour": "colour of the main thing among 10, zero-shot (chance: 10%)",
         "detail": "twins that differ in one colour or texture told apart (chance: 50%)",
     }
     rows: list[dict[str, object]] = [

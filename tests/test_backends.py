@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -143,3 +144,18 @@ def test_the_torch_backend_refuses_other_weights_than_the_bundles(tiny_bundle: P
     (copy / "bundle.json").write_text(json.dumps(manifest))
     with pytest.raises(BackendError, match=r"cannot be loaded.*--backend auto"):
         open_backend(load_bundle(copy), "torch")
+
+
+def test_signals_arrive_after_backends_are_dropped(tiny_bundle: Path) -> None:
+    """OpenVINO sets a stack for signal handlers, and must not leave one behind that is gone."""
+    script = (
+        "import gc, os, signal, sys\n"
+        "from longclip_rt.backends import open_backend\n"
+        "from longclip_rt.bundle import load_bundle\n"
+        "signal.signal(signal.SIGINT, lambda *_: print('arrived'))\n"
+        "opened = [open_backend(load_bundle(sys.argv[1]), 'openvino', 'fp32') for _ in range(2)]\n"
+        "while opened: opened.pop(0); gc.collect()\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script, str(tiny_bundle)], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "arrived\n"), result.stderr

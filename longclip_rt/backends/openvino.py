@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,16 @@ _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 _CAPABILITIES = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16"}
 
 
+@functools.cache
+def _core(openvino: ModuleType) -> Any:
+    """The process's only core. OpenVINO's CPU plug-in gives the thread that loads it a stack for signal handlers.
+
+    Of several cores that are not dropped in the reverse order, the last one puts back the stack of one that is gone;
+    the next signal, be it Ctrl-C or the end of a child process, then ends the process by a segmentation fault.
+    """
+    return openvino.Core()
+
+
 def openvino_precisions() -> list[str]:
     """The precisions that OpenVINO computes in on this CPU, the preferred one first.
 
@@ -25,7 +37,7 @@ def openvino_precisions() -> list[str]:
     """
     import openvino
 
-    found = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    found = _core(openvino).get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return [precision for precision in ("bf16", "fp32", "fp16") if _CAPABILITIES[precision] in found]
 
 
@@ -41,7 +53,7 @@ class OpenVinoBackend(Backend):
         super().__init__(bundle, precision)
         import openvino
 
-        self._core: Any = openvino.Core()
+        self._core = _core(openvino)
         self._version = str(openvino.__version__).split("-")[0]
         self._compiled: dict[str, Any] = {}
         self._idle: dict[str, list[Any]] = {"text": [], "image": []}
