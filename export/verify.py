@@ -72,8 +72,8 @@ class Reference:
     Attributes:
         outputs: Tower -> output name -> [N, ...] float32.
         activations: The largest activation of each block of each tower.
-        spans: Least length of a PCA output's rows before they are scaled to length 1, at most 1, by output name. An embedding's
-            error grows by its inverse there, and so do the limits.
+        spans: Least length of a PCA output's rows before they are scaled to length 1, at most 1, by output name. An
+            embedding's error grows by its inverse there, and so do the limits.
     """
 
     outputs: dict[str, dict[str, Float32]]
