@@ -72,8 +72,8 @@ class Reference:
     Attributes:
         outputs: Tower -> output name -> [N, ...] float32.
         activations: The largest activation of each block of each tower.
-        spans: Least length of a PCA output's rows before they are scaled to length 1, by output name. An embedding's
-            error grows by its inverse there, and so do the limits.
+        spans: Least length of a PCA output's rows before they are scaled to length 1, at most 1, by output name. An
+            embedding's error grows by its inverse there, and so do the limits.
     """
 
     outputs: dict[str, dict[str, Float32]]
@@ -87,7 +87,7 @@ class Reference:
             embeddings = named[f"{tower}_embeds"]
             outputs[tower] = {**named, f"{tower}_pca": pca.apply(embeddings, tower, mode)}
             lengths = np.linalg.norm(pca.apply(embeddings, tower, mode, normalize=False), axis=1)
-            spans[f"{tower}_pca"] = float(lengths.min())
+            spans[f"{tower}_pca"] = min(1.0, float(lengths.min()))
         return dataclasses.replace(self, outputs=outputs, spans=spans)
 
 

@@ -97,6 +97,25 @@ def test_what_has_no_length_stays_zero(dtype: torch.dtype, device: torch.device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_huge_row_at_right_angles_to_every_component_is_zero(dtype: torch.dtype, device: torch.device) -> None:
+    """Its scale is so small that eps times it vanishes: 0 / 0 must still be 0."""
+    axes = torch.eye(24, dtype=torch.float64, device=device)
+    weights = pca_weights(torch.zeros_like(axes[0]), axes[:, :5], dtype=dtype)
+    vectors = axes[7:9].to(dtype) * torch.finfo(dtype).max
+    assert not pca_project(vectors, weights).any() and not pca_reconstruct(vectors, weights).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_k_beyond_the_twins_registers_goes_through_the_square_matrix(
+    dtype: torch.dtype, device: torch.device
+) -> None:
+    limit = twin_limit(dtype)
+    for k, through in ((limit, False), (limit + 1, True)):
+        case = Case.seeded(1, 150, k, device=device)
+        assert (pca_weights(case.mean, case.components, dtype=dtype).square is not None) == through
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strided_and_no_vectors(dtype: torch.dtype, device: torch.device) -> None:
     case = Case.seeded(1, 40, 9, device=device)
     vectors = embeddings(case, 12, dtype)
