@@ -130,6 +130,10 @@ class TrainConfig:
                 raise TrainingError(
                     f"There is no {name} {getattr(self, name)!r}; choose {', '.join(get_args(choices))}."
                 )
+        if not self.weights:
+            raise TrainingError(
+                "This preset begins with weights of your own: name them, as in --weights run/model.safetensors."
+            )
         if self.weights == SCRATCH and self.architecture is None:
             raise TrainingError("Weights from scratch need an architecture: choose --preset tiny, or name weights.")
 
@@ -179,6 +183,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "workers": 1,
     },
     "tiny-long": {
+        "weights": "",  # of the first phase; to be named
         "logit_scale": None,
         "max_logit_scale": LN_100,
         "batch_size": 128,

@@ -49,9 +49,14 @@ def test_auto_is_fp16_on_a_gpu_as_in_the_reference(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_make_configurations_that_go_through_json(preset: str) -> None:
-    config = preset_config(preset, "pairs.json", seed=3, steps=None)
+    config = preset_config(preset, "pairs.json", seed=3, steps=None, weights="mine" if preset == "tiny-long" else None)
     assert config.seed == 3
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_second_phase_does_not_begin_with_weights_that_nobody_named() -> None:
+    with pytest.raises(TrainingError, match="name them, as in --weights"):
+        preset_config("tiny-long", "scenes:100")
 
 
 def test_changes_win_over_a_preset_and_none_leaves_it() -> None:
