@@ -35,9 +35,11 @@ _SUMMARY = (
     "Long-CLIP of 248, by `make tiny`. Its vocabulary is CLIP's, cut to its first 7,678 merges."
 )
 _LIMITS = (
-    "**It knows nothing about photographs.** Among the 11 real photographs of the package it finds about as many as "
-    "guessing does (see the table). Use it to try the tools, in tests and in examples; for anything else export real "
-    "weights, such as `BeichenZhang/LongCLIP-B`."
+    "**It knows nothing about photographs: it never saw one.** The table says how many of the package's 11 real "
+    "photographs their captions find all the same; what carries over is a colour here and there. It knows colours, "
+    "textures and places of drawn things, and what a caption says first better than what it says last; it has hardly "
+    "learnt shapes (the kinds of things). Use it to try the tools, in tests and in examples; for anything else export "
+    "real weights, such as `BeichenZhang/LongCLIP-B`."
 )
 
 
