@@ -127,7 +127,7 @@ def report(results: list[dict[str, Any]]) -> None:
 
 
 def table_lines(results: list[dict[str, Any]]) -> Iterator[str]:
-    """A Markdown table: the mean over seeds in percent, and the smallest and largest seed in brackets."""
+    """A Markdown table: the mean over seeds in percent, and the smallest and largest in brackets."""
     names = list(results[0]["figures"])
     yield f"| arm | seeds | {' | '.join(names)} |"
     yield f"|---|---|{'---|' * len(names)}"
@@ -138,7 +138,8 @@ def table_lines(results: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _spread(values: list[float]) -> str:
-    return f"{100 * statistics.mean(values):.1f} ({100 * min(values):.1f}-{100 * max(values):.1f})"
+    mean = f"{100 * statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ({100 * min(values):.1f}-{100 * max(values):.1f})"
 
 
 def plot(results: list[dict[str, Any]]) -> None:
