@@ -20,13 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from common import RESULTS, save_table
-from scene_tests import BIN, SCENES, TowerEncoders, measure
+from scene_tests import BIN, HELD_OUT, SCENES, TowerEncoders, measure
 
 from longclip_rt.files import write_text_atomically
 from longclip_rt.train.config import TrainConfig, preset_config
 from longclip_rt.train.loop import train
 from longclip_rt.train.results import WEIGHTS
+from longclip_rt.train.scenes import scene
 
 NAME = "longclip_study"
 SEEDS = (0, 1, 2)
@@ -81,7 +83,8 @@ def run_arm(arm: str, seed: int, clip: Path, runs: Path) -> None:
         print(f"{arm}, seed {seed}", flush=True)
         report = train(config_of(arm, seed, clip), runs / f"{arm}-{seed}", resume=True, device="cpu")
         weights, seconds = report.weights, report.seconds
-    figures, positions = measure(TowerEncoders(weights))
+    encoders = TowerEncoders(weights)
+    figures, positions = measure(encoders)
     content = {
         "arm": arm,
         "seed": None if arm == CLIP else seed,
@@ -89,9 +92,17 @@ def run_arm(arm: str, seed: int, clip: Path, runs: Path) -> None:
         "minutes": round(seconds / 60, 1),
         "figures": figures,
         "positions": positions,
+        "variance_kept": kept_variance(encoders),
     }
     target.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomically(target, json.dumps(content, indent=1) + "\n")
+
+
+def kept_variance(encoders: TowerEncoders) -> dict[str, float]:
+    """The share of the variance of a batch's image features that the first components hold: what PCM keeps."""
+    images = encoders.images([scene(HELD_OUT, index) for index in range(128)])
+    variances = torch.linalg.svdvals(images - images.mean(dim=0)).square()
+    return {str(k): round(float(variances[:k].sum() / variances.sum()), 4) for k in (2, 4, 8, 16, 32)}
 
 
 def kept_results() -> list[dict[str, Any]]:
