@@ -14,7 +14,6 @@ EXPORT = [
     "open_clip_torch>=3.0",
     "onnx>=1.18",  # opset 23
     "onnxscript>=0.5",
-    "safetensors>=0.5",
 ]
 
 setup(
@@ -44,6 +43,7 @@ setup(
         "Pillow>=10.1",
         "platformdirs>=4.0",
         "pyarrow>=16.0",
+        "safetensors>=0.5",
         "tokenizers>=0.20",
         "tqdm>=4.60",
     ],
@@ -51,15 +51,18 @@ setup(
         "cpu": ["onnxruntime>=1.23"],
         "gpu": ["onnxruntime-gpu>=1.23"],
         "export": EXPORT,
+        "plot": ["matplotlib>=3.8"],
         "dev": [
             *EXPORT,
             "onnxruntime>=1.23",
             "hypothesis>=6.100",
+            "matplotlib>=3.8",
             "mypy>=1.15",
             "pytest>=8.0",
             "pytest-timeout>=2.3",
             "regex>=2024.0",
             "ruff>=0.12",
+            "scikit-learn>=1.4",
             "torchvision>=0.24",
             "transformers>=5.0",
         ],

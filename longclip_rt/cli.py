@@ -17,7 +17,9 @@ COMMANDS = {
     "export": "Turn weights into a verified bundle.",
     "embed": "Turn images and texts into one file of vectors.",
     "search": "Find what is nearest to a text or an image.",
+    "pca": "Fit a PCA that makes vectors shorter.",
     "convert": "Write weights in another library's layout.",
+    "kernels": "Compile the Triton kernels ahead of time.",
     "info": "Show what can be used on this machine.",
 }
 """Name -> what the help says, in the order of use. Each lives in `longclip_rt.commands.<name>`."""

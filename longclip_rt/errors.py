@@ -38,5 +38,13 @@ class ResumeError(LongClipError):
     """Work that was begun with other inputs, another bundle or other options, and so cannot be continued."""
 
 
+class PcaError(LongClipError):
+    """A PCA that cannot be fitted or read, that is another model's, or vectors of two PCAs that were to be compared."""
+
+
+class KernelError(LongClipError):
+    """A kernel that was given what it does not take, or that did not compile to what it should."""
+
+
 class MissingExtraError(LongClipError):
     """An optional dependency that is needed and not installed; the message names the extra."""
