@@ -8,17 +8,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from longclip_rt.architecture import Architecture
-from longclip_rt.errors import BundleError, OutputError
+from longclip_rt.errors import BundleError, OutputError, PcaError
 from longclip_rt.files import sha256_of_file, sha256_of_json, write_text_atomically
+
+if TYPE_CHECKING:
+    from longclip_rt.pca import Pca
 
 logger = logging.getLogger("longclip_rt")
 
 FORMAT_VERSION = 1
 MANIFEST = "bundle.json"
 TOKENIZER = "tokenizer.json"
+PCA = "pca.safetensors"
 TOWERS = ("text", "image")
 BUILT_IN = Path(__file__).parent / "assets" / "tiny"
 
@@ -59,6 +63,27 @@ class Bundle:
     def trained(self) -> bool:
         """False where the weights are random numbers, made to test or to measure with."""
         return bool(self.manifest["trained"])
+
+    @property
+    def weights_sha256(self) -> str:
+        """The SHA-256 of the weights that the graphs were made of; empty where it is not known."""
+        return str(self.manifest["source"].get("sha256") or "")
+
+    @cached_property
+    def pca(self) -> Pca | None:
+        """The PCA that the bundle carries, or None.
+
+        Raises:
+            PcaError: Its file is damaged, or is not the one that the manifest names.
+        """
+        from longclip_rt.pca import load_pca
+
+        if (named := self.manifest.get("pca")) is None:
+            return None
+        pca = load_pca(self.file(PCA))
+        if pca.sha256 != named["sha256"]:
+            raise PcaError(f"{self.file(PCA)} is not the PCA that the manifest names. Export or copy the bundle again.")
+        return pca
 
     @property
     def precisions(self) -> tuple[str, ...]:

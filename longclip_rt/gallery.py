@@ -216,6 +216,7 @@ def _footer(answer: Answer) -> str:
         "Bundle": describe.get("bundle", "")[:12],
         "Backend": f"{describe.get('backend', '')} {describe.get('backend_version', '')}".strip(),
         "Precision": describe.get("precision", ""),
+        "PCA": f"{describe['pca'][:12]}, K = {describe['pca_k']}, {describe['pca_mode']}" if "pca" in describe else "",
         "Embeddings": str(answer.path),
     }
     rows = "".join(f"<div><dt>{name}</dt><dd>{_text(value)}</dd></div>" for name, value in facts.items() if value)

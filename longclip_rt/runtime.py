@@ -16,7 +16,8 @@ from longclip_rt.backends import Backend, open_backend
 from longclip_rt.backends.base import Float32
 from longclip_rt.batching import plan_batches
 from longclip_rt.bundle import TOKENIZER, Bundle, default_bundle, load_bundle
-from longclip_rt.errors import InputError
+from longclip_rt.errors import InputError, PcaError
+from longclip_rt.pca import Pca, check_mode, load_pca
 from longclip_rt.preprocess import ImageTransform
 from longclip_rt.tokenizer import Tokenizer, pad_tokens
 
@@ -34,26 +35,43 @@ class Embedder:
         backend: What runs it.
         tokenizer: Texts to token ids.
         transform: Images to pixels.
+        pca: What reduces the embeddings; None leaves them as they are.
+        pca_mode: `project` to K numbers, or `reconstruct` in D numbers.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, pca: Pca | None = None, pca_mode: str = "project") -> None:
+        check_mode(pca_mode)
+        if pca is not None:
+            pca.check_model(bundle.name, bundle.architecture.embed_dim, bundle.weights_sha256)
         self.bundle = bundle
         self.backend = backend
+        self.pca = pca
+        self.pca_mode = pca_mode
         self.tokenizer = Tokenizer.from_file(bundle.file(TOKENIZER), bundle.architecture.context_length)
         image = bundle.manifest["image"]
         self.transform = ImageTransform(image["size"], tuple(image["mean"]), tuple(image["std"]))
 
     @classmethod
-    def from_bundle(cls, path: str | Path | None = None, backend: str = "auto", precision: str = "auto") -> Embedder:
+    def from_bundle(
+        cls,
+        path: str | Path | None = None,
+        backend: str = "auto",
+        precision: str = "auto",
+        pca: str | Path | Pca | None = None,
+        pca_mode: str = "project",
+    ) -> Embedder:
         """Opens a bundle.
 
         Args:
             path: Its directory; None takes the newest exported bundle, else the built-in model, and logs which.
             backend: `auto`, `openvino`, `onnxruntime` or `torch`.
             precision: `auto`, `fp32`, `bf16` or `fp16`.
+            pca: A PCA or its file, to reduce the embeddings with; `bundle` takes the one that the bundle carries.
+            pca_mode: `project` or `reconstruct`, as in `Pca.apply`.
 
         Raises:
             BundleError: There is no bundle, or it is damaged.
+            PcaError: The PCA cannot be read, is another model's, or is not in the bundle.
             BackendError: The backend or precision cannot be had here; what is named is never replaced by another.
         """
         bundle = default_bundle() if path is None else load_bundle(path)
@@ -61,12 +79,23 @@ class Embedder:
             logger.info("bundle: %s (%s), the newest there is; name another with --bundle", bundle.path, bundle.name)
         if not bundle.trained:
             logger.warning("%s holds UNTRAINED, random weights: its vectors carry no meaning", bundle.path)
-        return cls(bundle, open_backend(bundle, backend, precision))
+        loaded = _pca_from(pca, bundle)
+        if loaded is not None:  # before a model is compiled
+            loaded.check_model(bundle.name, bundle.architecture.embed_dim, bundle.weights_sha256)
+        return cls(bundle, open_backend(bundle, backend, precision), loaded, pca_mode)
+
+    def with_pca(self, pca: Pca | None, pca_mode: str = "project") -> Embedder:
+        """An embedder on the same backend whose embeddings are reduced with another PCA, or with none.
+
+        Raises:
+            PcaError: The PCA is another model's, or the mode is unknown.
+        """
+        return type(self)(self.bundle, self.backend, pca, pca_mode)
 
     @property
     def dim(self) -> int:
-        """Length D of an embedding."""
-        return self.bundle.architecture.embed_dim
+        """Length of a vector: D, the model's own, or K with a PCA in the mode `project`."""
+        return self.bundle.architecture.embed_dim if self.pca is None else self.pca.length(self.pca_mode)
 
     @property
     def context_length(self) -> int:
@@ -95,11 +124,14 @@ class Embedder:
 
     def encode_tokens(self, ids: NDArray[np.int32]) -> Float32:
         """Encodes one batch of padded token ids [B, S] int32 to L2-normalised vectors [B, D] float32."""
-        return self.backend.encode_text(ids)
+        return self._reduced(self.backend.encode_text(ids), "text")
 
     def encode_crops(self, crops: NDArray[np.uint8]) -> Float32:
         """Encodes one batch of cropped images [B, n, n, 3] uint8 RGB to L2-normalised vectors [B, D] float32."""
-        return self.backend.encode_image(self.transform.normalize(crops))
+        return self._reduced(self.backend.encode_image(self.transform.normalize(crops)), "image")
+
+    def _reduced(self, vectors: Float32, kind: str) -> Float32:
+        return vectors if self.pca is None else self.pca.apply(vectors, kind, self.pca_mode)
 
     def embed_texts(self, texts: Sequence[str], *, truncate: bool = True) -> Float32:
         """Embeds texts.
@@ -165,15 +197,17 @@ class Embedder:
         return np.concatenate([np.empty((0, self.dim), np.float32), *vectors])
 
     def describe(self) -> dict[str, str]:
-        """What made the vectors, for the metadata of an output: bundle, model, backend, precision."""
+        """What made the vectors, for the metadata of an output: bundle, model, backend, precision, any PCA."""
         return {
             "bundle": self.bundle.sha256,
             "model": self.bundle.name,
+            "weights": self.bundle.weights_sha256,
             "trained": "true" if self.bundle.trained else "false",
             "backend": self.backend.name,
             "backend_version": self.backend.version,
             "precision": self.backend.precision,
             "device": self.backend.device,
+            **({} if self.pca is None else self.pca.describe(self.pca_mode)),
         }
 
     def close(self) -> None:
@@ -188,3 +222,15 @@ class Embedder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _pca_from(pca: str | Path | Pca | None, bundle: Bundle) -> Pca | None:
+    if pca is None or isinstance(pca, Pca):
+        return pca
+    if str(pca) != "bundle":
+        return load_pca(pca)
+    if bundle.pca is None:
+        raise PcaError(
+            f"The bundle {bundle.path} carries no PCA. Give the file of one, or export again with --pca FILE."
+        )
+    return bundle.pca

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from longclip_rt.errors import BundleError, InputError, OutputError
+from longclip_rt.errors import BundleError, InputError, OutputError, PcaError
 from longclip_rt.files import has_image_suffix
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from longclip_rt.embeddings import Embeddings
+    from longclip_rt.pca import Pca
     from longclip_rt.runtime import Embedder
 
 Kind = Literal["image", "text"]
@@ -121,6 +122,7 @@ def search_query(
     bundle: str | Path | None = None,
     backend: str = "auto",
     precision: str = "auto",
+    pca: str | Path | Pca | None = None,
 ) -> Answer:
     """Embeds a text or an image with the model that made the file, and searches the file for it.
 
@@ -133,9 +135,11 @@ def search_query(
         bundle: Folder of the model; None looks for the one the file names.
         backend: As in `Embedder.from_bundle`.
         precision: As in `Embedder.from_bundle`.
+        pca: The PCA that made the file, or its own file; None takes the bundle's where the embeddings are PCA vectors.
 
     Raises:
         BundleError: The model that made the file is not here, or `bundle` is another one.
+        PcaError: The file was made with another PCA than the query would be, or with one that is not here.
         InputError: The query is empty or its image cannot be read, or `k` is below 1.
         OutputError: The file cannot be read.
     """
@@ -145,7 +149,10 @@ def search_query(
     if query_kind == "text" and not query.strip():
         raise InputError("The query is empty; give a text or the path of an image.")
     metadata = read_metadata(path)
+    _check_kinds(path, metadata, query_kind, kinds)
+    loaded = _loaded_pca(path, metadata, pca)
     embedder = embedder_of(path, metadata, bundle, backend=backend, precision=precision)
+    embedder = _with_pca_of(path, metadata, embedder, loaded)
     tokens, truncated = 0, False
     if query_kind == "image":
         vector = embedder.embed_images([Path(query)])[0]
@@ -198,6 +205,55 @@ def embedder_of(
             "models cannot be compared: give the first one with --bundle, or embed the inputs again."
         )
     return embedder
+
+
+def _check_kinds(path: str | Path, metadata: dict[str, str], query_kind: str, kinds: Collection[str] | None) -> None:
+    """Refuses to compare K numbers of a text with K numbers of an image where each kind has its own basis."""
+    apart = metadata.get("longclip_rt.pca_fit") == "apart" and metadata.get("longclip_rt.pca_mode") == "project"
+    if apart and (kinds is None or not set(kinds) <= {query_kind}):
+        raise PcaError(
+            f"The PCA of {path} was fitted to texts and images apart, so text and image vectors cannot be compared. "
+            f"Search with --kind {query_kind}, or embed with --pca-mode reconstruct."
+        )
+
+
+def _loaded_pca(path: str | Path, metadata: dict[str, str], pca: str | Path | Pca | None) -> Pca | None:
+    """The PCA that was given, if it is the file's; a look at it before a model is loaded.
+
+    Raises:
+        PcaError: The file was made with another one, or with none.
+    """
+    from longclip_rt.pca import Pca, load_pca
+
+    wanted = metadata.get("longclip_rt.pca", "")
+    if pca is None or (str(pca) == "bundle" and wanted):
+        return None
+    if str(pca) == "bundle":
+        raise PcaError(f"{path} was made without a PCA. Leave --pca out, or embed the inputs again with --pca bundle.")
+    given = pca if isinstance(pca, Pca) else load_pca(pca)
+    if given.sha256 != wanted:
+        made = f"with the PCA {_pca_name(metadata)}" if wanted else "without a PCA"
+        raise PcaError(
+            f"{path} was made {made}, and the PCA given is {given.sha256[:12]} (K = {given.k}). Vectors of two PCAs "
+            f"cannot be compared: {'give the first one' if wanted else 'leave --pca out'}, or embed the inputs again."
+        )
+    return given
+
+
+def _with_pca_of(path: str | Path, metadata: dict[str, str], embedder: Embedder, pca: Pca | None) -> Embedder:
+    """An embedder that makes a query as the file's vectors were made."""
+    wanted = metadata.get("longclip_rt.pca", "")
+    if not wanted:
+        return embedder
+    pca = pca or embedder.bundle.pca
+    if pca is None or pca.sha256 != wanted:
+        there = "the bundle carries none" if pca is None else f"the bundle carries another ({pca.sha256[:12]})"
+        raise PcaError(f"{path} was made with the PCA {_pca_name(metadata)}, and {there}. Give its file with --pca.")
+    return embedder.with_pca(pca, metadata.get("longclip_rt.pca_mode", "project"))
+
+
+def _pca_name(metadata: dict[str, str]) -> str:
+    return f"{metadata['longclip_rt.pca'][:12]} (K = {metadata.get('longclip_rt.pca_k', 'unknown')})"
 
 
 def _unit_vector(query: NDArray[np.floating]) -> NDArray[np.float64]:

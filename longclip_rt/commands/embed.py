@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from longclip_rt.commands.options import runs_the_model
+from longclip_rt.commands.options import runs_the_model, takes_a_pca
 
 if TYPE_CHECKING:
     from longclip_rt.embedding.pipeline import EmbedReport
@@ -88,6 +88,7 @@ class _Bar:
     help="The model. Default: the newest exported one, else the built-in one.",
 )
 @runs_the_model
+@takes_a_pca
 @click.option(
     "--batch-size",
     type=click.IntRange(min=1),
@@ -138,6 +139,8 @@ def embed(
     bundle: Path | None,
     backend: str,
     precision: str,
+    pca: str | None,
+    pca_mode: str,
     allow_rejects: bool,
     quiet: bool,
     **options: Any,
@@ -158,6 +161,7 @@ def embed(
       longclip-rt embed files.txt
       longclip-rt embed photos/ -o photos.parquet
       longclip-rt embed captions.txt --texts -o captions.npy --dtype float16
+      longclip-rt embed files.txt -o short.parquet --pca pca.safetensors
       longclip-rt embed pairs.jsonl --texts --column long_caption --no-truncate
       find . -name '*.jpg' | longclip-rt embed - -o all.parquet --allow-rejects
     """
@@ -169,7 +173,7 @@ def embed(
         plan_embedding(files, output, settings)
         from longclip_rt.runtime import Embedder
 
-        embedder = Embedder.from_bundle(bundle, backend=backend, precision=precision)
+        embedder = Embedder.from_bundle(bundle, backend, precision, pca, pca_mode)
         with _Bar(quiet) as bar:
             report = embed_files(files, output, embedder, settings, bar)
     except KeyboardInterrupt:

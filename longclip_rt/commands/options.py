@@ -9,9 +9,10 @@ import click
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# As in `longclip_rt.backends`, which is too heavy to import for a help text; a test compares them.
+# As in `longclip_rt.backends` and `longclip_rt.pca`, which are too heavy to import for a help text; tests compare them.
 BACKENDS = ("auto", "openvino", "onnxruntime", "torch")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+PCA_MODES = ("project", "reconstruct")
 
 
 def runs_the_model(command: Function) -> Function:
@@ -27,3 +28,20 @@ def runs_the_model(command: Function) -> Function:
         help="Number format of the model.",
     )
     return backend(precision(command))
+
+
+def takes_a_pca(command: Function) -> Function:
+    """Adds `--pca` and `--pca-mode`."""
+    pca = click.option(
+        "--pca",
+        metavar="FILE",
+        help="Reduce the vectors with a PCA that `longclip-rt pca fit` wrote; `bundle` takes the one in the bundle.",
+    )
+    mode = click.option(
+        "--pca-mode",
+        type=click.Choice(PCA_MODES),
+        default="project",
+        show_default=True,
+        help="K numbers, or back in the embedding's own space without what the components do not hold.",
+    )
+    return pca(mode(command))

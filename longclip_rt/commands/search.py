@@ -49,6 +49,11 @@ def _page_name(context: click.Context, parameter: click.Parameter, value: Path |
 )
 @runs_the_model
 @click.option(
+    "--pca",
+    metavar="FILE",
+    help="The PCA that made EMBEDDINGS, where they are PCA vectors and the bundle does not carry it.",
+)
+@click.option(
     "--html",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
@@ -65,6 +70,7 @@ def search(
     bundle: Path | None,
     backend: str,
     precision: str,
+    pca: str | None,
     html: Path | None,
     as_json: bool,
 ) -> None:
@@ -78,6 +84,7 @@ def search(
       longclip-rt search files.parquet "an espresso in a red cup" --kind image
       longclip-rt search files.parquet "$(cat description.txt)" -k 20 --html gallery.html
       longclip-rt search files.parquet photo.jpg -k 3 --json
+      longclip-rt search short.parquet "an espresso" --pca pca.safetensors
     """
     from longclip_rt.search import search_query
 
@@ -90,6 +97,7 @@ def search(
         bundle=bundle,
         backend=backend,
         precision=precision,
+        pca=pca,
     )
     for note in _notes(answer):
         click.echo(note, err=True)
