@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from longclip_rt.backends import availability, open_backend
-from longclip_rt.bundle import TOKENIZER, TOWERS, Bundle, bundles_home, load_bundle, onnx_name, write_manifest
+from longclip_rt.bundle import PCA, TOKENIZER, TOWERS, Bundle, bundles_home, load_bundle, onnx_name, write_manifest
 from longclip_rt.checkpoint import Checkpoint, load_checkpoint
 from longclip_rt.errors import ExportError
 from longclip_rt.examples import example_photos, parity_texts
@@ -25,6 +25,7 @@ from longclip_rt.export.verify import Check, Reference, Sample, reference_from_t
 from longclip_rt.export.vocabulary import tokenizer_json
 from longclip_rt.extras import require
 from longclip_rt.files import directory_in_the_making, write_text_atomically
+from longclip_rt.pca import Pca, check_mode, load_pca, save_pca
 from longclip_rt.preprocess import ImageTransform
 from longclip_rt.tokenizer import Tokenizer
 from longclip_rt.towers import ImageTower, TextTower, towers_from_checkpoint
@@ -45,6 +46,8 @@ class ExportOptions:
         outputs: Further outputs beside the embeddings, such as `pooler_output` (of both towers) or
             `text:hidden_states.-2` (of one).
         activation: `quick_gelu` or `gelu`, where the weights do not say; None leaves it to `load_checkpoint`.
+        pca: File of a PCA of this model's embeddings; the graphs then have the outputs `text_pca` and `image_pca`.
+        pca_mode: What these are, `project` or `reconstruct`.
     """
 
     weights: str
@@ -52,6 +55,8 @@ class ExportOptions:
     fp16: bool = False
     outputs: tuple[str, ...] = ()
     activation: Literal["quick_gelu", "gelu"] | None = None
+    pca: Path | None = None
+    pca_mode: str = "project"
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,7 @@ def export_bundle(options: ExportOptions, progress: Progress = lambda stage: Non
         ParityError: A check failed; nothing was written.
         WeightsError: The weights cannot be used.
         ExportError: The exporter failed.
+        PcaError: The PCA cannot be read, or is another model's.
         OutputError: The directory exists or cannot be written.
         MissingExtraError: A package is not installed; the message names the extra.
     """
@@ -122,6 +128,8 @@ def export_bundle(options: ExportOptions, progress: Progress = lambda stage: Non
     if options.out is not None and options.out.exists():
         with directory_in_the_making(options.out):  # refuses, and says how to go on, before minutes of work
             pass
+    check_mode(options.pca_mode)
+    pca = None if options.pca is None else load_pca(options.pca)
     progress("reading weights")
     checkpoint = load_checkpoint(options.weights, activation=options.activation)
     for note in checkpoint.notes:
@@ -129,14 +137,20 @@ def export_bundle(options: ExportOptions, progress: Progress = lambda stage: Non
     text, image = towers_from_checkpoint(checkpoint)
     text = text.with_outputs(_outputs(text, options.outputs))
     image = image.with_outputs(_outputs(image, options.outputs))
+    if pca is not None:
+        pca.check_model(checkpoint.architecture.name, checkpoint.architecture.embed_dim, checkpoint.sha256 or "")
+        text, image = text.with_pca(pca, options.pca_mode), image.with_pca(pca, options.pca_mode)
     target = options.out or _free_directory(checkpoint)
     with directory_in_the_making(target) as staging:
         write_text_atomically(staging / TOKENIZER, tokenizer_json())
         sample = _sample(staging, checkpoint)
         progress("running the torch towers")
         reference = reference_from_towers(text, image, sample)
+        if pca is not None:
+            save_pca(pca, staging / PCA)
+            reference = reference.with_pca(pca, options.pca_mode)
         checks = list(_write_graphs(staging, text, image, reference, options.fp16, progress))
-        fields = _manifest_fields(checkpoint, options, text, image)
+        fields = _manifest_fields(checkpoint, options, text, image) | _pca_fields(pca, options.pca_mode)
         write_manifest(staging, fields)
         for runtime, precision in _runtimes(options.fp16):
             progress(f"checking with {runtime} in {precision}")
@@ -246,6 +260,12 @@ def _manifest_fields(
             for name in ("longclip-rt", "torch", "open_clip_torch", "onnx", "onnxscript", "onnxruntime", "openvino")
         },
     }
+
+
+def _pca_fields(pca: Pca | None, mode: str) -> dict[str, Any]:
+    if pca is None:
+        return {}
+    return {"pca": {"sha256": pca.sha256, "k": pca.k, "mode": mode, "fit": pca.fit}}
 
 
 def _version(distribution: str) -> str:

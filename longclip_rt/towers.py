@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,6 +18,8 @@ from longclip_rt.extras import require
 
 if TYPE_CHECKING:
     from longclip_rt.checkpoint import Checkpoint
+    from longclip_rt.heads import PcaHead
+    from longclip_rt.pca import Pca
 
 AnyTower = TypeVar("AnyTower", bound="_Tower")
 Pick = Callable[[Tensor], Tensor]
@@ -83,8 +86,10 @@ class _Tower(nn.Module):
         architecture: The model's numbers.
         blocks: The transformer's blocks, first to last.
         outputs: Names of what `forward` returns, in order.
+        pca_head: What gives the embedding and its PCA where `with_pca` made the tower; else None.
     """
 
+    kind: str
     embedding: str
     blocks: Sequence[Block]
 
@@ -93,12 +98,19 @@ class _Tower(nn.Module):
         self.architecture = architecture
         self.blocks = nn.ModuleList(Block(block, causal=causal) for block in transformer.resblocks)  # type: ignore[assignment]
         self.outputs: tuple[str, ...] = (self.embedding,)
+        self.pca_head: PcaHead | None = None
+
+    @property
+    def projection(self) -> Tensor:
+        """From the tower's width W to an embedding, [W, D]."""
+        raise NotImplementedError
 
     @property
     def output_names(self) -> tuple[str, ...]:
         """Every output this tower can give; `hidden_states.-1` comes out of the last block."""
         hidden = (f"hidden_states.-{n}" for n in range(1, len(self.blocks) + 2))
-        return (self.embedding, "pooler_output", "last_hidden_state", *hidden)
+        reduced = () if self.pca_head is None else (f"{self.kind}_pca",)
+        return (self.embedding, "pooler_output", "last_hidden_state", *hidden, *reduced)
 
     def with_outputs(self: AnyTower, outputs: Sequence[str]) -> AnyTower:
         """A tower on the same weights (shared: casting one casts both) that returns other outputs.
@@ -113,6 +125,29 @@ class _Tower(nn.Module):
         tower.outputs = self._check(outputs)
         return tower
 
+    def with_pca(self: AnyTower, pca: Pca, mode: str = "project") -> AnyTower:
+        """A tower on the same weights with one more output, `text_pca` or `image_pca`: the embedding's PCA.
+
+        Args:
+            pca: Fitted to this model's embeddings.
+            mode: `project` for [B, K], `reconstruct` for [B, D]; both float32 and of length 1.
+        """
+        from longclip_rt.heads import PcaHead
+
+        tower = copy.copy(self)
+        tower._modules = dict(self._modules)  # or the head would become this tower's too
+        tower.pca_head = PcaHead(self.projection, pca.basis(self.kind), mode)
+        tower.outputs = (*self.outputs, f"{self.kind}_pca")
+        return tower
+
+    def _embeddings(self, pooled: Callable[[], Tensor]) -> dict[str, Callable[[], Tensor]]:
+        """The embedding of pooled states [B, W], and its PCA where there is a head: both out of one product."""
+        if self.pca_head is None:
+            return {self.embedding: lambda: _normalized(pooled(), self.projection)}
+        head = self.pca_head
+        both = functools.cache(lambda: head(pooled()))
+        return {self.embedding: lambda: both()[0], f"{self.kind}_pca": lambda: both()[1]}
+
     def _check(self, outputs: Sequence[str]) -> tuple[str, ...]:
         names = tuple(outputs)
         known = self.output_names
@@ -120,7 +155,7 @@ class _Tower(nn.Module):
             if name not in known:
                 raise LongClipError(
                     f"The {type(self).__name__} has no output named {name!r}. It has: {', '.join(known[:3])}, and "
-                    f"hidden_states.-1 to {known[-1]} (counted from the last block)."
+                    f"hidden_states.-1 to hidden_states.-{len(self.blocks) + 1} (counted from the last block)."
                 )
         if not names or len(set(names)) < len(names):
             raise LongClipError(f"Outputs are named once each, and at least one; got {list(names)}.")
@@ -170,6 +205,7 @@ class TextTower(_Tower):
     `hidden_states.-N` [B, S, W] (without it). All float32.
     """
 
+    kind = "text"
     embedding = "text_embeds"
 
     def __init__(self, architecture: Architecture, model: Any) -> None:
@@ -179,6 +215,12 @@ class TextTower(_Tower):
         self.positional_embedding = model.positional_embedding
         self.ln_final = model.ln_final
         self.text_projection = model.text_projection
+
+    @property
+    def projection(self) -> Tensor:
+        """From the text width W to an embedding, [W, D]."""
+        projection: Tensor = self.text_projection
+        return projection
 
     def forward(self, ids: Tensor) -> tuple[Tensor, ...]:
         """Encodes texts.
@@ -205,7 +247,7 @@ class TextTower(_Tower):
         return self._named(
             states,
             {
-                "text_embeds": lambda: _normalized(pooled(), self.text_projection),
+                **self._embeddings(pooled),
                 "pooler_output": pooled,
                 "last_hidden_state": lambda: _norm(self.ln_final, states[-1]),
             },
@@ -220,6 +262,7 @@ class ImageTower(_Tower):
     LayerNorm), `hidden_states.-N` [B, T, W]. All float32.
     """
 
+    kind = "image"
     embedding = "image_embeds"
 
     def __init__(self, architecture: Architecture, model: Any) -> None:
@@ -232,6 +275,12 @@ class ImageTower(_Tower):
         self.ln_pre = visual.ln_pre
         self.ln_post = visual.ln_post
         self.proj = visual.proj
+
+    @property
+    def projection(self) -> Tensor:
+        """From the vision width W to an embedding, [W, D]."""
+        projection: Tensor = self.proj
+        return projection
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """Encodes images.
@@ -253,7 +302,7 @@ class ImageTower(_Tower):
         return self._named(
             states,
             {
-                "image_embeds": lambda: _normalized(pooled(), self.proj),
+                **self._embeddings(pooled),
                 "pooler_output": pooled,
                 "last_hidden_state": lambda: states[-1],
             },

@@ -42,6 +42,9 @@ class TorchBackend(Backend):
             )
         dtype = {"fp32": self._torch.float32, "bf16": self._torch.bfloat16, "fp16": self._torch.float16}[precision]
         text, image = towers_from_checkpoint(checkpoint)
+        if bundle.pca is not None:
+            mode = bundle.manifest["pca"]["mode"]
+            text, image = text.with_pca(bundle.pca, mode), image.with_pca(bundle.pca, mode)
         self._towers: dict[str, Any] = {
             "text": text.with_outputs(bundle.outputs("text")).to(dtype),
             "image": image.with_outputs(bundle.outputs("image")).to(dtype),

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from longclip_rt.commands.options import PCA_MODES
+
 if TYPE_CHECKING:
     from longclip_rt.export.exporter import ParityReport
     from longclip_rt.export.verify import Check
@@ -33,12 +35,21 @@ DEFAULT_WEIGHTS = "BeichenZhang/LongCLIP-B"
     help="A further output: pooler_output, last_hidden_state, hidden_states.-N; text:NAME or image:NAME for one tower.",
 )
 @click.option("--activation", type=click.Choice(["quick_gelu", "gelu"]), help="Where the weights do not say which.")
+@click.option(
+    "--pca",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Add the outputs text_pca and image_pca: the embeddings reduced with a PCA that `longclip-rt pca fit` wrote.",
+)
+@click.option("--pca-mode", type=click.Choice(PCA_MODES), default="project", show_default=True, help="What they are.")
 def export(
     weights: str,
     out: Path | None,
     fp16: bool,
     outputs: tuple[str, ...],
     activation: Literal["quick_gelu", "gelu"] | None,
+    pca: Path | None,
+    pca_mode: str,
 ) -> None:
     """Export weights to a bundle: ONNX graphs of both encoders, the tokenizer, and a parity report.
 
@@ -50,6 +61,7 @@ def export(
       longclip-rt export --fp16
       longclip-rt export --fp16 --weights longclip-B.pt --out longclip-b
       longclip-rt export --weights open_clip:ViT-L-14/openai --output text:hidden_states.-2
+      longclip-rt export --weights longclip-B.pt --fp16 --pca pca.safetensors
       longclip-rt export --weights random:ViT-B-16        # untrained, to try things out
     """
     from longclip_rt.extras import require
@@ -59,7 +71,7 @@ def export(
 
     from longclip_rt.export.exporter import ExportOptions, ParityError, export_bundle, stages
 
-    options = ExportOptions(weights, out, fp16, outputs, activation)
+    options = ExportOptions(weights, out, fp16, outputs, activation, pca, pca_mode)
     with tqdm(total=stages(options), bar_format="{l_bar}{bar:20}| {n}/{total} [{elapsed}] {desc}") as bar:
         started = False
 
