@@ -75,12 +75,10 @@ def check_rows(name: str, kernel: object, rows: Tensor, width: int, weight: Tens
         raise KernelError(f"{name} takes rows [B, {width}]; got {list(rows.shape)}.")
     if rows.dtype != weight.dtype:
         raise KernelError(
-            f"{name} was given {rows.dtype} rows for {weight.dtype} weights. Prepare the weights with dtype={rows.dtype}."
+            f"{name} was given {rows.dtype} rows for {weight.dtype} weights. Prepare these with dtype={rows.dtype}."
         )
     if rows.device != weight.device:
-        raise KernelError(
-            f"{name} was given rows on {rows.device} and weights on {weight.device}. Move one with .to()."
-        )
+        raise KernelError(f"{name} was given rows on {rows.device} and weights on {weight.device}. Move one.")
     if rows.device.type != "cuda" and not interpreted(kernel):
         raise KernelError(
             f"{name} runs on an NVIDIA GPU; the rows are on {rows.device}. Move them with .cuda(), or set "

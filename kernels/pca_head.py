@@ -72,12 +72,11 @@ def pca_head_reference(
 
 # Few rows: as little work as a tile can hold, and deep prefetching of the weights, which are what such a launch reads.
 # Many rows: each program reads all weights, from the level 2 cache, so a program should have many rows to use them on.
-# Wide: half as many passes over the rows as many, and registers for one program a multiprocessor instead of two.
-# Shared memory stays below the 99 KiB of compute capability 8.6 and 8.9.
+# Tiles twice as large in any direction spill registers on one architecture or another, and shared memory must stay
+# below the 99 KiB of compute capability 8.6, 8.9 and 12.0.
 HALF_CONFIGS = (
     KernelConfig("half_few", rows=16, columns=128, inner=64, warps=4, stages=4),
     KernelConfig("half_many", rows=64, columns=64, inner=64, warps=8, stages=3),
-    KernelConfig("half_wide", rows=64, columns=128, inner=32, warps=8, stages=3),
 )
 # Full precision has no tensor cores: the products run in registers, and larger tiles than these spill.
 SINGLE_CONFIGS = (
@@ -114,10 +113,8 @@ def _row_moments(row_starts, stride_col, rows, width, total_rows, scale, BLOCK_W
     for start in range(0, width, BLOCK_W):
         w = start + tl.arange(0, BLOCK_W)
         inside = (rows < total_rows)[:, None] & (w < width)[None, :]
-        x = (
-            tl.load(row_starts[:, None] + w[None, :] * stride_col, mask=inside, other=0.0).to(tl.float32)
-            * scale[:, None]
-        )
+        x = tl.load(row_starts[:, None] + w[None, :] * stride_col, mask=inside, other=0.0)
+        x = x.to(tl.float32) * scale[:, None]
         seen = start * 1.0
         new = tl.minimum(width - start, BLOCK_W) * 1.0
         piece_mean = tl.sum(x, axis=1) / new
@@ -170,8 +167,8 @@ def _pca_head_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """One program: BLOCK_B rows, all columns.
 
-    pooled [B, W] any float; weight [W, D' + K'] the same dtype, D' and K' padded with zeros; bias [D' + K'], shift [K'],
-    embedding [B, D], reduced [B, K] float32. K's columns begin at k_start = D'.
+    pooled [B, W] any float; weight [W, D' + K'] the same dtype, D' and K' padded with zeros; bias [D' + K'], shift
+    [K'], embedding [B, D], reduced [B, K] float32. K's columns begin at k_start = D'.
     """
     rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     row_starts = pooled + rows.to(tl.int64) * stride_row

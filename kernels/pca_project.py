@@ -289,7 +289,7 @@ def pca_reconstruct(
 
 def twin_block(k: int) -> int:
     """K rounded up to what a tile can hold: a power of two from 16."""
-    return max(16, triton.next_power_of_2(k))
+    return max(16, bucket(k))
 
 
 def _key(name: str, kernel: object, embedding: Tensor, columns: int) -> tuple[object, ...]:
