@@ -70,12 +70,12 @@ def pca_head_reference(
     return embedding, F.normalize(reduced, dim=-1, eps=EPS) if normalize else reduced
 
 
-# Few rows: as little work as a tile can hold, and deep prefetching of the weights, which are what such a launch reads.
+# Few rows: as few as a tile can hold, so that more programs share the work.
 # Many rows: each program reads all weights, from the level 2 cache, so a program should have many rows to use them on.
-# Tiles twice as large in any direction spill registers on one architecture or another, and shared memory must stay
+# Twice as many columns or one more stage spill registers on one architecture or another, and shared memory must stay
 # below the 99 KiB of compute capability 8.6, 8.9 and 12.0.
 HALF_CONFIGS = (
-    KernelConfig("half_few", rows=16, columns=128, inner=64, warps=4, stages=4),
+    KernelConfig("half_few", rows=16, columns=64, inner=64, warps=4, stages=3),
     KernelConfig("half_many", rows=64, columns=64, inner=64, warps=8, stages=3),
 )
 # Full precision has no tensor cores: the products run in registers, and larger tiles than these spill.

@@ -64,7 +64,7 @@ HALF_TWIN_CONFIGS = (
     KernelConfig("half_few", rows=16, columns=128, inner=64, warps=4, stages=3),
     KernelConfig("half_many", rows=64, columns=128, inner=32, warps=8, stages=3),
 )
-SINGLE_TWIN_CONFIGS = (KernelConfig("single", rows=16, columns=64, inner=32, warps=4, stages=2),)
+SINGLE_TWIN_CONFIGS = (KernelConfig("single", rows=16, columns=64, inner=32, warps=4, stages=3),)
 
 
 @triton.jit

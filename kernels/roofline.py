@@ -41,6 +41,7 @@ GPUS = (
     Gpu("RTX 4090", 89, 1008e9, 165e12, 82.6e12),
     Gpu("L40S", 89, 864e9, 362e12, 91.6e12),
     Gpu("H100 SXM", 90, 3350e9, 989e12, 67e12),
+    Gpu("H200 SXM", 90, 4800e9, 989e12, 67e12),
     Gpu("B200", 100, 8000e9, 2250e12, 75e12),
     Gpu("RTX 5090", 120, 1792e9, 209e12, 104.8e12),
 )
@@ -48,6 +49,16 @@ GPUS = (
 
 
 def gpu_of_device(name: str) -> Gpu | None:
-    """The card whose name a driver's device name holds, such as "NVIDIA H100 80GB HBM3"; None where none is listed."""
-    words = name.upper()
-    return next((gpu for gpu in GPUS if all(word in words for word in gpu.name.upper().split()[:2][-1:])), None)
+    """The card whose name a driver's device name holds, such as "NVIDIA H100 80GB HBM3"; None where none is listed.
+
+    PCIe, laptop and Ti cards of the same number have other rates, and are not listed.
+    """
+    words = set(name.upper().replace("-", " ").split())
+    if words & {"PCIE", "LAPTOP", "TI", "NVL"}:
+        return None
+    return next((gpu for gpu in GPUS if _number(gpu.name) in words), None)
+
+
+def _number(name: str) -> str:
+    """The part of a name that tells one card from another: A100, 4090."""
+    return next(word for word in name.split() if any(character.isdigit() for character in word))
