@@ -49,12 +49,17 @@ setup(
     ],
     extras_require={
         "cpu": ["onnxruntime>=1.23"],
-        "gpu": ["onnxruntime-gpu>=1.23"],
+        # ONNX Runtime: the first that was tried with telling which provider got which node.
+        "gpu": ["onnxruntime-gpu>=1.32", "cuda-core[cu13]>=1.2"],
         "export": EXPORT,
         "plot": ["matplotlib>=3.8"],
         "dev": [
             *EXPORT,
-            "onnxruntime>=1.23",
+            "onnxruntime>=1.32",
+            # cuda.core imports without a GPU; beside torch the bindings are there already.
+            "cuda-core>=1.2",
+            "cuda-bindings>=13; platform_system == 'Linux'",
+            "tensorrt_cu13_bindings==11.4.0.106; platform_system == 'Linux' and platform_machine == 'x86_64'",
             "hypothesis>=6.100",
             "matplotlib>=3.8",
             "mypy>=1.15",
