@@ -87,7 +87,8 @@ class Gpu:
         """`size` bytes of page-locked host memory, likewise."""
         buffer = self._host.allocate(size, stream=stream)
         # Not through DLPack, whose arrays older numpy versions make read-only.
-        array = np.frombuffer((ctypes.c_ubyte * size).from_address(int(buffer.handle)), np.uint8)
+        memory = memoryview((ctypes.c_ubyte * size).from_address(int(buffer.handle)))
+        array = np.frombuffer(memory, np.uint8)
         return Pinned(buffer, array)
 
     def upload(self, array: NDArray[Any], stream: Any) -> Any:
