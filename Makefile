@@ -1,9 +1,13 @@
-# make demo, make test, make lint, make bench, make docs: each makes .venv and installs what it needs, and nothing else.
+# make demo, test, test-gpu, lint, bench, tiny, study, docs: each makes .venv, installs what it needs, and nothing else.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
+TINY := tiny
+BUILT_IN := longclip_rt/assets/tiny
+# Models of ViT-B/16's size for the benchmarks: untrained, since only their shape matters there.
+LARGE := $(DEMO)/vit-b-16
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test test-gpu lint bench tiny study docs clean
 
 .venv/.made:
 	$(PYTHON) -m venv .venv
@@ -11,25 +15,30 @@ DEMO := demo
 	touch $@
 
 .venv/.demo-installed: .venv/.made setup.py
-	$(BIN)/pip install --quiet -e ".[export,cpu]"
+	$(BIN)/pip install --quiet -e .
 	touch $@
 
 .venv/.dev-installed: .venv/.made setup.py
 	$(BIN)/pip install --quiet -e ".[dev]"
 	touch .venv/.demo-installed $@
 
-# Until a trained model ships, the demo exports one with random weights: everything runs, and no ranking means anything.
-$(DEMO)/bundle/bundle.json: | .venv/.demo-installed
-	$(BIN)/longclip-rt export --fp16 --weights random:ViT-B-16 --out $(DEMO)/bundle
-
-demo: .venv/.demo-installed $(DEMO)/bundle/bundle.json
-	$(BIN)/longclip-rt embed examples/files.txt -o $(DEMO)/files.parquet --bundle $(DEMO)/bundle
-	$(BIN)/longclip-rt search $(DEMO)/files.parquet "A black and white photograph of a man with a camera on a tripod" \
-	    -k 5 --kind image --bundle $(DEMO)/bundle --html $(DEMO)/gallery.html
-	@echo "Look at $(DEMO)/gallery.html. The weights are random (untrained): the ranking means nothing yet."
+# The built-in model on drawn scenes that it never saw, beside real photographs, of which it knows nothing.
+demo: .venv/.demo-installed
+	mkdir -p $(DEMO)
+	$(BIN)/longclip-rt embed examples/scenes/files.txt examples/files.txt -o $(DEMO)/files.parquet --overwrite \
+	    --bundle $(BUILT_IN)
+	$(BIN)/longclip-rt search $(DEMO)/files.parquet "$$(cat examples/scenes/scene-3.txt)" -k 5 --kind image \
+	    --bundle $(BUILT_IN) --html $(DEMO)/gallery.html
+	$(BIN)/python examples/near_twins.py $(BUILT_IN)
+	@echo "Look at $(DEMO)/gallery.html. The built-in model knows drawn scenes only, and nothing of real photographs."
 
 test: lint
 	$(BIN)/python -m pytest
+
+# The kernels' tests on an NVIDIA GPU, and the times of the PCA head there.
+test-gpu: .venv/.dev-installed
+	LONGCLIP_RT_TEST_GPU=1 $(BIN)/python -m pytest -m gpu tests/kernels
+	$(BIN)/python benchmarks/pca_head.py
 
 lint: .venv/.dev-installed
 	$(BIN)/ruff check .
@@ -39,11 +48,27 @@ lint: .venv/.dev-installed
 docs: .venv/.dev-installed
 	$(BIN)/python docs/make_commands.py
 
-bench: .venv/.dev-installed $(DEMO)/bundle/bundle.json
+# Trains the built-in model anew, as CLIP and then as Long-CLIP, and puts it into longclip_rt/assets/tiny. Goes on where
+# it was stopped.
+tiny: .venv/.dev-installed
+	$(BIN)/longclip-rt train --preset tiny --data "scenes:1000000@0?captions=prefix" --steps 1800 \
+	    --validate-every 300 --checkpoint-every 100 --out $(TINY)/clip --resume
+	$(BIN)/longclip-rt train --preset tiny-long --data "scenes:1000000@1?twins=0.5" --steps 900 \
+	    --validate-every 150 --checkpoint-every 100 --weights $(TINY)/clip/model.safetensors --out $(TINY)/long --resume
+	$(BIN)/python benchmarks/tiny_model.py --from-run $(TINY)/long
+
+# Is the paper's claim true on those scenes? Begins with the CLIP of `make tiny`.
+study: tiny
+	$(BIN)/python benchmarks/longclip_study.py
+
+$(LARGE)/bundle.json: | .venv/.dev-installed
+	$(BIN)/longclip-rt export --fp16 --weights random:ViT-B-16 --out $(LARGE)
+
+bench: .venv/.dev-installed $(LARGE)/bundle.json
 	$(BIN)/python benchmarks/tokenizer.py
-	$(BIN)/python benchmarks/encoders.py --bundle $(DEMO)/bundle
-	$(BIN)/python benchmarks/end_to_end.py --bundle $(DEMO)/bundle
-	$(BIN)/python benchmarks/memory.py --bundle $(DEMO)/bundle
+	$(BIN)/python benchmarks/encoders.py --bundle $(LARGE)
+	$(BIN)/python benchmarks/end_to_end.py --bundle $(LARGE)
+	$(BIN)/python benchmarks/memory.py --bundle $(LARGE)
 
 clean:
-	rm -rf $(DEMO) build dist *.egg-info
+	rm -rf $(DEMO) kernels-compiled build dist *.egg-info

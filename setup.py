@@ -14,6 +14,15 @@ EXPORT = [
     "open_clip_torch>=3.0",
     "onnx>=1.18",  # opset 23
     "onnxscript>=0.5",
+        "train": TRAIN,
+        "plot": ["matplotlib>=3.8"],
+        "dev": [
+            *TRAIN,
+            "onnxruntime>=1.32",
+            # cuda.core imports without a GPU; beside torch the bindings are there already.
+            "cuda-core>=1.2",
+            "cuda-bindings>=13; platform_system == 'Linux'",
+            "tensorrt_cu13_bindings==11.4.0.106; platform_system == 'Linux' and platform_machine == 'x86_64'",
 ]
 
 setup(
@@ -32,6 +41,7 @@ setup(
             "assets/examples/captions.json",
             "assets/examples/photos/*.jpg",
             "assets/examples/unicode.txt",
+            "assets/tiny/*",  # the built-in model: an exported bundle and its model card
         ]
     },
     install_requires=[
@@ -52,9 +62,10 @@ setup(
         # ONNX Runtime: the first that was tried with telling which provider got which node.
         "gpu": ["onnxruntime-gpu>=1.32", "cuda-core[cu13]>=1.2"],
         "export": EXPORT,
+        "train": TRAIN,
         "plot": ["matplotlib>=3.8"],
         "dev": [
-            *EXPORT,
+            *TRAIN,
             "onnxruntime>=1.32",
             # cuda.core imports without a GPU; beside torch the bindings are there already.
             "cuda-core>=1.2",

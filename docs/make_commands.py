@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from click import Command, Context
+from click import Command, Context, Group
 
 from longclip_rt.cli import COMMANDS, longclip_rt
 
@@ -20,7 +20,7 @@ _SETTINGS = {**longclip_rt.context_settings, "terminal_width": 100, "max_content
 
 
 def commands_reference() -> str:
-    """The reference: the help of `longclip-rt` and of each command, as Markdown."""
+    """The reference: the help of `longclip-rt` and of each command and its parts, as Markdown."""
     parent = Context(longclip_rt, info_name="longclip-rt", **_SETTINGS)
     sections = [_HEAD, _section("longclip-rt", longclip_rt, parent)]
     for name in COMMANDS:
@@ -28,6 +28,9 @@ def commands_reference() -> str:
         assert command is not None
         context = Context(command, info_name=name, parent=parent, **_SETTINGS)
         sections.append(_section(f"longclip-rt {name}", command, context))
+        for part in command.commands.values() if isinstance(command, Group) else ():
+            inner = Context(part, info_name=part.name, parent=context, **_SETTINGS)
+            sections.append(_section(f"longclip-rt {name} {part.name}", part, inner))
     return "\n".join(sections)
 
 

@@ -142,7 +142,8 @@ def export_bundle(options: ExportOptions, progress: Progress = lambda stage: Non
         text, image = text.with_pca(pca, options.pca_mode), image.with_pca(pca, options.pca_mode)
     target = options.out or _free_directory(checkpoint)
     with directory_in_the_making(target) as staging:
-        write_text_atomically(staging / TOKENIZER, tokenizer_json())
+        arch = checkpoint.architecture
+        write_text_atomically(staging / TOKENIZER, tokenizer_json(arch.context_length, arch.vocab_size))
         sample = _sample(staging, checkpoint)
         progress("running the torch towers")
         reference = reference_from_towers(text, image, sample)

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from longclip_rt.architecture import EOT, VOCAB_SIZE
 from longclip_rt.backends import Backend
 from longclip_rt.backends.base import Float32
 from longclip_rt.batching import plan_batches
@@ -177,7 +176,8 @@ class _Gate:
         self._spans = spans
         self._tower = tower
         self._limits = LIMITS[backend.precision]
-        self._context = backend.bundle.architecture.context_length
+        self._architecture = backend.bundle.architecture
+        self._context = self._architecture.context_length
 
     def _check(self, name: str, value: float, limit: float) -> Check:
         return Check(self._backend.name, self._backend.precision, self._tower, name, float(value), limit)
@@ -209,8 +209,9 @@ class _Gate:
         some = pad_tokens(tokens[: min(12, len(tokens))], self._context)
         yield from self._batch_checks(some)
         noisy = some.copy()
-        after_eot = np.cumsum(some == EOT, axis=1) - (some == EOT) > 0
-        noise = np.random.default_rng(0).integers(1, VOCAB_SIZE, size=some.shape, dtype=np.int32)
+        is_eot = some == self._architecture.eot_id
+        after_eot = np.cumsum(is_eot, axis=1) - is_eot > 0
+        noise = np.random.default_rng(0).integers(1, self._architecture.vocab_size, size=some.shape, dtype=np.int32)
         noisy[after_eot] = noise[after_eot]
         yield self._check("tokens after EOT changed", _difference(self._embed(some), self._embed(noisy)), 0.0)
 

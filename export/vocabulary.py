@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from longclip_rt.architecture import UNMERGED, VOCAB_SIZE
+from longclip_rt.errors import ExportError
 from longclip_rt.extras import require
 from longclip_rt.tokenizer import END, PAD_ID, START, WORD_END
 
@@ -18,7 +20,7 @@ _PATTERN = (
 _BYTES: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 
 
-def tokenizer_json(context_length: int = 248) -> str:
+def tokenizer_json(context_length: int = 248, vocab_size: int = VOCAB_SIZE) -> str:
     """Describes CLIP's tokenizer in the format of the Hugging Face `tokenizers` library.
 
     Loaded as it is, the file lower-cases, collapses white space, composes characters (NFC), adds the start and end
@@ -27,16 +29,24 @@ def tokenizer_json(context_length: int = 248) -> str:
 
     Args:
         context_length: Tokens to which the file's own truncation cuts, start and end tokens included.
+        vocab_size: Entries of the vocabulary. Fewer than CLIP's 49408 leave its last merges out: a merge only joins
+            what earlier ones made, so what is left encodes every text, rare words in more tokens. The start and end
+            tokens stay the last two entries.
 
     Returns:
         The JSON text.
 
     Raises:
+        ExportError: CLIP's vocabulary cannot be cut to `vocab_size`.
         MissingExtraError: open_clip is not installed.
     """
+    if not UNMERGED < vocab_size <= VOCAB_SIZE:
+        raise ExportError(
+            f"CLIP's vocabulary can be cut to between {UNMERGED + 1} and {VOCAB_SIZE} entries; got {vocab_size}."
+        )
     reference = require("open_clip.tokenizer", "export").SimpleTokenizer()
-    ids: dict[str, int] = reference.encoder
-    merges = sorted(reference.bpe_ranks, key=reference.bpe_ranks.__getitem__)
+    merges = sorted(reference.bpe_ranks, key=reference.bpe_ranks.__getitem__)[: vocab_size - UNMERGED]
+    ids = _cut(reference.encoder, vocab_size)
     description = {
         "version": "1.0",
         "truncation": {"direction": "Right", "max_length": context_length, "strategy": "LongestFirst", "stride": 0},
@@ -86,7 +96,8 @@ def tokenizer_json(context_length: int = 248) -> str:
                 # U+0120 is how the byte alphabet writes a space.
                 {"type": "Replace", "pattern": {"String": WORD_END}, "content": "\u0120"},
                 _BYTES,
-                {"type": "Strip", "content": " ", "start": 0, "stop": 1},
+                # Not the library's "Strip", which fails on a text without tokens (tokenizers 0.23).
+                {"type": "Replace", "pattern": {"Regex": r" \z"}, "content": ""},
             ],
         },
         "model": {
@@ -103,6 +114,12 @@ def tokenizer_json(context_length: int = 248) -> str:
         },
     }
     return json.dumps(description, ensure_ascii=False)
+
+
+def _cut(ids: dict[str, int], vocab_size: int) -> dict[str, int]:
+    """The first entries of CLIP's vocabulary, and its two special tokens behind them."""
+    kept = {token: token_id for token, token_id in ids.items() if token_id < vocab_size - 2}
+    return kept | {START: vocab_size - 2, END: vocab_size - 1}
 
 
 def _special(name: str, token_id: int) -> dict[str, Any]:

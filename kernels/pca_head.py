@@ -291,7 +291,8 @@ def head_weights(
     weight = torch.cat([padded(first), padded(second)], dim=1).to(dtype).contiguous()
     offsets = torch.cat([padded(offset[None])[0], padded((offset @ exact["components"])[None])[0]]).float()
     shift = padded((exact["mean"] @ exact["components"])[None])[0].float()
-    return HeadWeights(weight, offsets, shift, EPS * factor, int(dim), int(k), eps)
+    # Not below what float32 can invert: a zero row is then 0 and not 0 / 0.
+    return HeadWeights(weight, offsets, shift, max(EPS * factor, 1e-37), int(dim), int(k), eps)
 
 
 def pca_head(

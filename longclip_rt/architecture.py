@@ -15,10 +15,10 @@ HEAD_WIDTH = 64
 """Channels of one attention head in every CLIP that OpenAI released; weights do not show it, so it must be known."""
 
 VOCAB_SIZE = 49408
-"""Entries of CLIP's byte-pair vocabulary, the two special tokens included."""
+"""Entries of CLIP's byte-pair vocabulary: the byte symbols, the merges, and the two special tokens."""
 
-EOT = 49407
-"""The end-of-text token: the last entry of the vocabulary."""
+UNMERGED = 514
+"""Entries of it that are no merges: 256 bytes, the same at the end of a word, and the two special tokens."""
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 """Means of red, green and blue in CLIP's training images, of values from 0 to 1."""
@@ -54,7 +54,7 @@ class Architecture:
         text_width: Channels of the text tower.
         text_layers: Blocks of the text tower.
         embed_dim: Length D of an embedding.
-        vocab_size: Rows of the token table.
+        vocab_size: Rows of the token table. Fewer than CLIP's 49408 mean CLIP's vocabulary without its last merges.
         context_length: Rows of the text position table, in tokens.
         quick_gelu: Whether the activation is x * sigmoid(1.702 x) (OpenAI's and Long-CLIP's) rather than exact GELU.
         vision_mlp_width: Channels inside an MLP of the image tower; 0 stands for 4 * vision_width.
@@ -107,6 +107,16 @@ class Architecture:
     def text_heads(self) -> int:
         """Attention heads of the text tower."""
         return self.text_width // self.text_head_width
+
+    @property
+    def sot_id(self) -> int:
+        """Id of the start-of-text token, the vocabulary's last entry but one: 49406 in CLIP's whole vocabulary."""
+        return self.vocab_size - 2
+
+    @property
+    def eot_id(self) -> int:
+        """Id of the end-of-text token, the vocabulary's last entry: 49407 in CLIP's whole vocabulary."""
+        return self.vocab_size - 1
 
     @property
     def image_tokens(self) -> int:
@@ -193,6 +203,7 @@ def architecture_from_shapes(
     quick_gelu: bool = True,
     vision_head_width: int | None = None,
     text_head_width: int | None = None,
+    vocab_size: int | None = None,
 ) -> Architecture:
     """Recognises the architecture that a canonical state dict was made for, and checks every shape against it.
 
@@ -203,6 +214,8 @@ def architecture_from_shapes(
         vision_head_width: Channels of an attention head of the image tower, where known; else 64, or what open_clip's
             larger models of that width and depth have.
         text_head_width: Channels of an attention head of the text tower, where known; else 64.
+        vocab_size: Entries of the vocabulary, where the weights are known to be made for CLIP's cut to its first
+            merges; else CLIP's whole vocabulary is expected. A table's size alone does not show whose tokens it holds.
 
     Returns:
         The architecture, whose `shapes()` equal the given ones.
@@ -219,11 +232,8 @@ def architecture_from_shapes(
     grid = math.isqrt(max(rows - 1, 0))
     if grid < 1 or grid * grid + 1 != rows:
         raise WeightsError(f"{source} has {rows} image positions; a class token and a square of patches were expected.")
-    vocab_size, text_width = shapes["token_embedding.weight"]
-    if vocab_size != VOCAB_SIZE:
-        raise WeightsError(
-            f"{source} has a vocabulary of {vocab_size} tokens; CLIP's has {VOCAB_SIZE}. Its tokenizer is another one."
-        )
+    rows, text_width = shapes["token_embedding.weight"]
+    _check_vocabulary(rows, vocab_size, source)
     architecture = Architecture(
         image_size=grid * patch,
         patch_size=patch,
@@ -232,6 +242,7 @@ def architecture_from_shapes(
         text_width=text_width,
         text_layers=_layers(shapes, "transformer"),
         embed_dim=shapes["text_projection"][1],
+        vocab_size=rows,
         context_length=shapes["positional_embedding"][0],
         quick_gelu=quick_gelu,
         vision_mlp_width=shapes["visual.transformer.resblocks.0.mlp.c_fc.weight"][0],
@@ -258,6 +269,24 @@ _TELLING = {
 def _layers(names: Iterable[str], prefix: str) -> int:
     pattern = re.compile(re.escape(prefix) + r"\.resblocks\.(\d+)\.")
     return 1 + max(int(found[1]) for name in names if (found := pattern.match(name)))
+
+
+def _check_vocabulary(rows: int, stated: int | None, source: str) -> None:
+    """Refuses a token table for anything but CLIP's vocabulary, whole or, where so stated, cut to its first merges."""
+    if stated is None and rows != VOCAB_SIZE:
+        raise WeightsError(
+            f"{source} has a vocabulary of {rows} tokens; CLIP's has {VOCAB_SIZE}. Its tokenizer is another one."
+        )
+    if stated is not None and not UNMERGED < stated <= VOCAB_SIZE:
+        raise WeightsError(
+            f"{source} states a vocabulary of {stated} tokens; CLIP's, cut to its first merges, has from "
+            f"{UNMERGED + 1} to {VOCAB_SIZE}."
+        )
+    if stated is not None and rows != stated:
+        raise WeightsError(
+            f"{source} states a vocabulary of {stated} tokens, but has a table of {rows}. One of the two is another "
+            "model's: write the weights again, or pass others."
+        )
 
 
 def _check_shapes(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:

@@ -246,6 +246,29 @@ def default_bundle() -> Bundle:
     return load_bundle(bundles[0].path)
 
 
+def rename_weights(directory: Path, name: str) -> Bundle:
+    """Lets the manifest name the weights as `name` rather than by their place on this machine, which `export` notes.
+
+    For a bundle that goes to others: only the torch backend, which reads the weights, misses the place. The bundle's
+    identity stays as it is.
+
+    Args:
+        directory: The bundle's directory.
+        name: What to call the weights, such as their file's name.
+
+    Returns:
+        The bundle, read anew.
+
+    Raises:
+        BundleError: There is no bundle in `directory`.
+        OutputError: Its manifest cannot be written.
+    """
+    manifest = _manifest(directory)
+    manifest["source"] = {**manifest["source"], "weights": name}
+    _write_json(directory / MANIFEST, manifest)
+    return load_bundle(directory)
+
+
 def write_manifest(directory: Path, fields: Mapping[str, Any]) -> None:
     """Hashes every file in `directory` and writes the manifest around `fields`, without their `files` and `format`."""
     files = {
@@ -253,5 +276,8 @@ def write_manifest(directory: Path, fields: Mapping[str, Any]) -> None:
         for file in sorted(directory.iterdir())
         if file.name != MANIFEST and file.is_file()
     }
-    manifest = {"format": FORMAT_VERSION, **fields, "files": files}
-    write_text_atomically(directory / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    _write_json(directory / MANIFEST, {"format": FORMAT_VERSION, **fields, "files": files})
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    write_text_atomically(file, json.dumps(content, indent=2) + "\n")

@@ -74,6 +74,7 @@ class Checkpoint:
             image_mean=self.image_mean,
             image_std=self.image_std,
             trained=self.trained,
+            vocab_size=self.architecture.vocab_size,
         )
 
 
@@ -81,7 +82,7 @@ def load_checkpoint(
     source: str | Path,
     *,
     activation: Activation | None = None,
-    context_length: int = LONG_CONTEXT_LENGTH,
+    context_length: int | None = LONG_CONTEXT_LENGTH,
     progress: bool = True,
 ) -> Checkpoint:
     """Loads CLIP or Long-CLIP weights from wherever they are.
@@ -94,7 +95,7 @@ def load_checkpoint(
             folder that holds one, a hub id (`owner/name` or `owner/name/file`), `open_clip:MODEL/TAG`, or
             `random:MODEL` and `random:MODEL@SEED` for seeded, untrained weights in the shape of an open_clip model.
         activation: The activation, where the weights' own configuration (or QuickGELU, where there is none) is wrong.
-        context_length: Rows of the position table to end with, in tokens.
+        context_length: Rows of the position table to end with, in tokens; None leaves it as it is.
         progress: Whether to show download progress on stderr.
 
     Returns:
@@ -130,7 +131,7 @@ def checkpoint_from_tensors(
     config: ModelConfig | None = None,
     sha256: str | None = None,
     activation: Activation | None = None,
-    context_length: int = LONG_CONTEXT_LENGTH,
+    context_length: int | None = LONG_CONTEXT_LENGTH,
 ) -> Checkpoint:
     """Makes a checkpoint of a state dict in memory, as `load_checkpoint` does of a file.
 
@@ -161,6 +162,7 @@ def checkpoint_from_tensors(
         quick_gelu=_quick_gelu(config, activation, notes),
         vision_head_width=config.vision_head_width,
         text_head_width=config.text_head_width,
+        vocab_size=config.vocab_size,
     )
     state_dict = {name: state_dict[name] for name in architecture.shapes()}
     return Checkpoint(
@@ -175,7 +177,7 @@ def checkpoint_from_tensors(
     )
 
 
-def _random_checkpoint(source: str, activation: Activation | None, context_length: int) -> Checkpoint:
+def _random_checkpoint(source: str, activation: Activation | None, context_length: int | None) -> Checkpoint:
     model, _, seed = source.removeprefix(RANDOM_PREFIX).partition("@")
     if seed and not seed.isdecimal():
         raise WeightsError(
@@ -186,7 +188,7 @@ def _random_checkpoint(source: str, activation: Activation | None, context_lengt
     state_dict = random_state_dict(architecture, int(seed or 0))
     notes = [f"drawn at random with seed {int(seed or 0)}; not trained"]
     _settle_positions(state_dict, context_length, source, notes)
-    architecture = dataclasses.replace(architecture, context_length=context_length)
+    architecture = dataclasses.replace(architecture, context_length=len(state_dict["positional_embedding"]))
     return Checkpoint(
         state_dict, architecture, source, sha256_of_tensors(state_dict), trained=False, notes=tuple(notes)
     )
@@ -238,8 +240,8 @@ def _as_float32(tensors: dict[str, Tensor], source: str, notes: list[str]) -> di
     return converted
 
 
-def _settle_positions(state_dict: dict[str, Tensor], context_length: int, source: str, notes: list[str]) -> None:
-    """Leaves one text position table of `context_length` rows: folded, and stretched where shorter."""
+def _settle_positions(state_dict: dict[str, Tensor], context_length: int | None, source: str, notes: list[str]) -> None:
+    """Leaves one text position table of `context_length` rows (None: its own): folded, and stretched where shorter."""
     table = _lengthened(state_dict["positional_embedding"], context_length, source, notes)
     second = state_dict.pop(SECOND_TABLE, None)
     if second is not None:
@@ -248,9 +250,9 @@ def _settle_positions(state_dict: dict[str, Tensor], context_length: int, source
     state_dict["positional_embedding"] = table
 
 
-def _lengthened(table: Tensor, context_length: int, source: str, notes: list[str]) -> Tensor:
+def _lengthened(table: Tensor, context_length: int | None, source: str, notes: list[str]) -> Tensor:
     rows = table.shape[0]
-    if rows == context_length:
+    if context_length is None or rows == context_length:
         return table
     old, new = rows - KEPT_ROWS, context_length - KEPT_ROWS
     if old < 2 or new <= old or new % old:

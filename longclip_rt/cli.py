@@ -14,6 +14,7 @@ from longclip_rt.errors import LongClipError
 from longclip_rt.version import __version__
 
 COMMANDS = {
+    "train": "Turn CLIP weights and long captions into Long-CLIP weights.",
     "export": "Turn weights into a verified bundle.",
     "embed": "Turn images and texts into one file of vectors.",
     "search": "Find what is nearest to a text or an image.",

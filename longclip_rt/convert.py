@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from longclip_rt.architecture import EOT, Architecture
+from longclip_rt.architecture import VOCAB_SIZE, Architecture
 from longclip_rt.checkpoint import Checkpoint
 from longclip_rt.errors import OutputError
 from longclip_rt.extras import require
@@ -34,14 +34,15 @@ def save_converted(checkpoint: Checkpoint, target: Path, format: Format) -> Path
         target: What to make. For `longclip`, a file named *.safetensors with OpenAI's names and both position tables
             (equal, so that folding gives the same table back). For `huggingface`, a folder for
             `transformers.CLIPModel.from_pretrained`, with tokenizer and image processor. For `open_clip`, a folder for
-            `open_clip.create_model("local-dir:...")`.
+            `open_clip.create_model("local-dir:...")`; only of models with CLIP's whole vocabulary, the one that
+            open_clip's tokenizer (like Long-CLIP's) knows.
         format: One of the three.
 
     Returns:
         `target`.
 
     Raises:
-        OutputError: `target` exists, is misnamed, or cannot be written.
+        OutputError: `target` exists, is misnamed, cannot be written, or is for open_clip, which cannot use the model.
         MissingExtraError: torch, safetensors or (for `huggingface`) open_clip is not installed.
     """
     writers: dict[str, Callable[[Checkpoint, Path], None]] = {
@@ -53,6 +54,12 @@ def save_converted(checkpoint: Checkpoint, target: Path, format: Format) -> Path
         raise OutputError(f"There is no format {format!r}; known are {', '.join(writers)}.")
     if format == "longclip" and target.suffix != ".safetensors":
         raise OutputError(f"Long-CLIP weights are one file, named *.safetensors; got the name {target}.")
+    if format == "open_clip" and checkpoint.architecture.vocab_size != VOCAB_SIZE:
+        raise OutputError(
+            f"{checkpoint.source} has {checkpoint.architecture.vocab_size} entries of CLIP's vocabulary, and "
+            f"open_clip's tokenizer gives ids out of all {VOCAB_SIZE}. Convert it to huggingface, which takes its "
+            "tokenizer along."
+        )
     if target.exists() or target.is_symlink():
         raise OutputError(f"{target} exists already. Choose another name, or remove it first.")
     if format == "longclip":
@@ -65,12 +72,27 @@ def save_converted(checkpoint: Checkpoint, target: Path, format: Format) -> Path
 
 def _write_longclip(checkpoint: Checkpoint, target: Path) -> None:
     table = checkpoint.state_dict["positional_embedding"]
+    write_weights(checkpoint, checkpoint.state_dict | {SECOND_TABLE: table.clone()}, target)
+
+
+def write_weights(checkpoint: Checkpoint, tensors: dict[str, Tensor], target: Path) -> None:
+    """Writes tensors as one safetensors file, whole or not at all, replacing one that is there.
+
+    Args:
+        checkpoint: What the tensors do not say about the model; its own weights are not looked at.
+        tensors: Names (Long-CLIP's) to tensors on the CPU.
+        target: The file.
+
+    Raises:
+        OutputError: The disk refuses.
+        MissingExtraError: safetensors is not installed.
+    """
     temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
     with output_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            _write_tensors(checkpoint, checkpoint.state_dict | {SECOND_TABLE: table.clone()}, temporary)
-            temporary.rename(target)
+            _write_tensors(checkpoint, tensors, temporary)
+            temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -99,7 +121,8 @@ def _write_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
             "do_convert_rgb": True,
         },
     )
-    _write_text(folder / "tokenizer.json", _with_openai_names(tokenizer_json(architecture.context_length)))
+    description = tokenizer_json(architecture.context_length, architecture.vocab_size)
+    _write_text(folder / "tokenizer.json", _with_openai_names(description))
     _write_json(
         folder / "tokenizer_config.json",
         {
@@ -139,9 +162,9 @@ def huggingface_config(architecture: Architecture) -> dict[str, Any]:
             "num_hidden_layers": architecture.text_layers,
             "num_attention_heads": architecture.text_heads,
             "max_position_embeddings": architecture.context_length,
-            "bos_token_id": EOT - 1,
-            "eos_token_id": EOT,
-            "pad_token_id": EOT,
+            "bos_token_id": architecture.sot_id,
+            "eos_token_id": architecture.eot_id,
+            "pad_token_id": architecture.eot_id,
         },
         "vision_config": shared
         | {

@@ -22,6 +22,10 @@ class ExportError(LongClipError):
     """An export that failed, or that the parity gate refused."""
 
 
+class TrainingError(LongClipError):
+    """A training run that cannot begin or go on: its options, its data, its processes or its gradients."""
+
+
 class BackendError(LongClipError):
     """A backend or precision that was asked for and cannot be had on this machine."""
 

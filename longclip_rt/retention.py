@@ -93,7 +93,7 @@ def retention_table(bases: Mapping[str, Basis], held_out: HeldOut, k: int | None
     basis_of = {kind: bases.get("joint") or bases[kind] for kind in kinds}
     dim = basis_of["text"].dim
     apart = "joint" not in bases
-    text_pairs, image_pairs = (np.array(names) for names in held_out.pairs())
+    text_pairs, image_pairs = (np.array(names, str) for names in held_out.pairs())
     of_texts, of_images = np.flatnonzero(text_pairs != ""), np.flatnonzero(image_pairs != "")
     same = text_pairs[of_texts][:, None] == image_pairs[of_images][None, :]  # [texts, images] bool
     whole = {kind: unit_rows(vectors) for kind, vectors in kinds.items() if len(vectors)}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longclip_rt.architecture import EOT, Architecture
+from longclip_rt.architecture import Architecture
 from longclip_rt.errors import LongClipError
 from longclip_rt.extras import require
 
@@ -216,6 +216,11 @@ class TextTower(_Tower):
         self.ln_final = model.ln_final
         self.text_projection = model.text_projection
 
+    def positions(self, length: int) -> Tensor:
+        """The first `length` rows of the position table, [length, W]; training has two tables and overrides this."""
+        table: Tensor = self.positional_embedding
+        return table[:length]
+
     @property
     def projection(self) -> Tensor:
         """From the text width W to an embedding, [W, D]."""
@@ -226,17 +231,17 @@ class TextTower(_Tower):
         """Encodes texts.
 
         Args:
-            ids: Token ids [B, S], int32 or int64, 1 <= S <= context length; what follows a text's first EOT (49407)
-                cannot reach its pooled outputs. A text without EOT is pooled at its last slot.
+            ids: Token ids [B, S], int32 or int64, 1 <= S <= context length; what follows a text's first EOT
+                (`architecture.eot_id`) cannot reach its pooled outputs. A text without EOT is pooled at its last slot.
 
         Returns:
             The tensors that `outputs` names, float32.
         """
         length = ids.shape[1]
-        x = self.token_embedding(ids) + self.positional_embedding[:length]  # [B, S, W]
+        x = self.token_embedding(ids) + self.positions(length)  # [B, S, W]
         # Found by equality on integers: in half precision 49406 (SOT) and 49407 (EOT) are the same number.
         slots = torch.arange(length, device=ids.device)
-        eot = torch.where(ids == EOT, slots, length - 1).amin(dim=-1)  # [B]
+        eot = torch.where(ids == self.architecture.eot_id, slots, length - 1).amin(dim=-1)  # [B]
 
         rows = torch.arange(ids.shape[0], device=ids.device)
         states, last = self._run_blocks(x, lambda tokens: tokens[rows, eot])

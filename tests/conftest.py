@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 from tiny_models import tiny_tensors
 
-# Tests neither read nor fill the user's folders, and never ask a hub.
+# Tests neither read nor fill the user's folders, and never ask a hub. The bundles they know are those they make: a test
+# of the built-in model names it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
@@ -17,6 +18,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     cache = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setattr("longclip_rt.bundle.BUILT_IN", cache / "no built-in model")
     return cache
 
 

@@ -73,6 +73,32 @@ def test_impossible_numbers_are_refused(changes: dict[str, int], message: str) -
         dataclasses.replace(TINY, **changes)
 
 
+def test_the_special_tokens_are_the_vocabularys_last_two() -> None:
+    cut = dataclasses.replace(TINY, vocab_size=8192)
+    assert (TINY.sot_id, TINY.eot_id, cut.sot_id, cut.eot_id) == (49406, 49407, 8190, 8191)
+
+
+@pytest.mark.parametrize("size", [515, 8192, 49408])
+def test_a_cut_vocabulary_is_accepted_where_the_weights_say_so(size: int) -> None:
+    architecture = dataclasses.replace(TINY, vocab_size=size)
+    assert architecture_from_shapes(architecture.shapes(), "weights.pt", vocab_size=size) == architecture
+
+
+@pytest.mark.parametrize(
+    ("rows", "stated", "message"),
+    [
+        (8192, None, "vocabulary of 8192 tokens; CLIP's has 49408"),
+        (514, 514, "states a vocabulary of 514 tokens; .* from 515 to 49408"),
+        (49409, 49409, "states a vocabulary of 49409 tokens"),
+        (49408, 8192, "states a vocabulary of 8192 tokens, but has a table of 49408"),
+    ],
+)
+def test_a_table_for_other_tokens_is_refused(rows: int, stated: int | None, message: str) -> None:
+    shapes = TINY.shapes() | {"token_embedding.weight": (rows, 64)}
+    with pytest.raises(WeightsError, match=rf"weights\.pt .*{message}"):
+        architecture_from_shapes(shapes, "weights.pt", vocab_size=stated)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

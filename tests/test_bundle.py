@@ -7,8 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from longclip_rt import Embedder
 from longclip_rt import bundle as bundles
-from longclip_rt.bundle import bundles_home, default_bundle, find_bundle, known_bundles, load_bundle
+from longclip_rt.bundle import (
+    bundles_home,
+    default_bundle,
+    find_bundle,
+    known_bundles,
+    load_bundle,
+    rename_weights,
+)
 from longclip_rt.errors import BundleError
 
 
@@ -113,6 +121,43 @@ def test_the_default_is_the_newest_and_can_be_found_by_its_hash(tiny_bundle: Pat
     assert default_bundle().path.name == "new"
     assert find_bundle(default_bundle().sha256) == default_bundle().path
     assert find_bundle("0" * 64) is None
+
+
+def test_the_built_in_model_is_the_last_known(tiny_bundle: Path, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundles, "BUILT_IN", copy)
+    assert default_bundle().path == copy
+    assert find_bundle(load_bundle(copy).sha256) == copy
+    shutil.copytree(tiny_bundle, bundles_home() / "own")
+    os.utime(bundles_home() / "own" / "bundle.json", (0, 0))  # however old: exported ones come first
+    assert [bundle.path for bundle in known_bundles()] == [bundles_home() / "own", copy]
+
+
+@pytest.mark.parametrize("cache_is_writable", [True, False])
+def test_loading_writes_nothing_into_the_bundle(
+    copy: Path, own_cache: Path, cache_is_writable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not cache_is_writable:
+        (own_cache / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(own_cache / "file"))  # no folder can be made in it, even by root
+    (copy / "README.md").write_text("A model card, which the manifest does not list.")
+    for path in (*copy.iterdir(), copy):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    before = {path: path.stat().st_mtime_ns for path in (*copy.iterdir(), copy)}
+    for _ in range(2):
+        with Embedder.from_bundle(copy) as embedder:
+            assert embedder.embed_texts(["a cup"]).shape == (1, embedder.dim)
+    assert {path: path.stat().st_mtime_ns for path in (*copy.iterdir(), copy)} == before
+
+
+def test_weights_are_renamed_without_a_change_of_identity(copy: Path) -> None:
+    before = load_bundle(copy)
+    after = rename_weights(copy, "tiny.safetensors")
+    assert after.manifest["source"] == {**before.manifest["source"], "weights": "tiny.safetensors"}
+    assert after.sha256 == before.sha256
+    assert {**after.manifest, "source": None} == {**before.manifest, "source": None}
+    assert load_bundle(copy).manifest == after.manifest
+    with pytest.raises(BundleError, match="is no directory"):
+        rename_weights(copy / "absent", "x")
 
 
 def test_the_identity_ignores_dates_and_follows_content(tiny_bundle: Path, copy: Path) -> None:

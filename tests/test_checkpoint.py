@@ -138,6 +138,24 @@ def test_the_activation_that_is_asked_for_wins_and_is_noted(tmp_path: Path) -> N
     assert plain.architecture.quick_gelu is False and plain.notes == ()
 
 
+def test_a_cut_vocabulary_is_known_by_this_packages_header_alone(tmp_path: Path) -> None:
+    tensors = tiny_tensors(vocab_size=8192)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"text_config": {"vocab_size": 8192}, "vision_config": {}}))
+    path = folder / "model.safetensors"
+    save_file(tensors, path)
+    with pytest.raises(WeightsError, match="vocabulary of 8192 tokens; CLIP's has 49408"):
+        load_checkpoint(path)
+    save_file(tensors, path, metadata={"longclip_rt.vocab_size": "8192"})
+    checkpoint = load_checkpoint(path)
+    assert_same(checkpoint, tensors)
+    assert checkpoint.architecture.eot_id == 8191 and checkpoint.config.vocab_size == 8192
+    save_file(tensors, path, metadata={"longclip_rt.vocab_size": "4096"})
+    with pytest.raises(WeightsError, match="states a vocabulary of 4096 tokens, but has a table of 8192"):
+        load_checkpoint(path)
+
+
 def test_an_unknown_activation_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="no activation 'relu'; known are quick_gelu, gelu"):
         load_checkpoint(tmp_path, activation="relu")  # type: ignore[arg-type]

@@ -112,6 +112,32 @@ def test_transformers_tokenizers_and_image_processor_load(tmp_path: Path) -> Non
     np.testing.assert_allclose(values[0, 0], 0.5 / checkpoint.image_std[0], rtol=1e-5)
 
 
+@torch.no_grad()
+def test_a_cut_vocabulary_goes_with_the_model_to_transformers(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(vocab_size=8192)
+    folder = save_converted(checkpoint, tmp_path / "hf", "huggingface")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert (len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id) == (8192, 8190, 8191)
+    batch = tokenizer(["a red ball", "a turquoise hourglass on a ladder"], padding=True, return_tensors="pt")
+    theirs = CLIPModel.from_pretrained(folder)(**batch, pixel_values=pixels())
+    text, image = towers_from_checkpoint(checkpoint)
+    torch.testing.assert_close(theirs.text_embeds, text(batch["input_ids"])[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(theirs.image_embeds, image(pixels())[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", ["longclip", "huggingface"])
+def test_a_cut_vocabulary_is_read_back(format: Format, tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(vocab_size=8192)
+    back = load_checkpoint(save_converted(checkpoint, tmp_path / NAMES[format], format))
+    assert back.architecture == checkpoint.architecture and back.architecture.vocab_size == 8192
+
+
+def test_a_cut_vocabulary_is_refused_for_open_clip_whose_tokenizer_knows_the_whole(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"8192 entries .* open_clip's tokenizer .* 49408.*huggingface"):
+        save_converted(tiny_checkpoint(vocab_size=8192), tmp_path / "oc", "open_clip")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("format", NAMES)
 def test_nothing_is_overwritten(format: Format, tmp_path: Path) -> None:
     target = tmp_path / NAMES[format]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,8 @@ from safetensors.torch import save_file
 from tiny_models import tiny_checkpoint, tiny_tensors, token_ids
 
 from longclip_rt import Embedder
-from longclip_rt.bundle import bundles_home, load_bundle
+from longclip_rt.backends import open_backend
+from longclip_rt.bundle import Bundle, bundles_home, load_bundle
 from longclip_rt.commands.export import export as command
 from longclip_rt.convert import save_converted
 from longclip_rt.errors import ExportError, LongClipError, MissingExtraError, OutputError
@@ -26,7 +28,7 @@ from longclip_rt.export.exporter import ExportOptions, ParityError, export_bundl
 from longclip_rt.export.precision import ActivationRecorder, half_tower
 from longclip_rt.export.rounding import rounded_model
 from longclip_rt.export.structure import structure_checks
-from longclip_rt.export.verify import changed_neighbours
+from longclip_rt.export.verify import Sample, changed_neighbours, reference_from_towers, verify_backend
 from longclip_rt.towers import towers_from_checkpoint
 
 
@@ -210,6 +212,50 @@ def test_the_weights_own_normalisation_reaches_the_embedder(tmp_path: Path) -> N
     bundle, _ = export_bundle(ExportOptions(str(weights), tmp_path / "bundle"))
     transform = Embedder.from_bundle(bundle.path, "onnxruntime").transform
     np.testing.assert_allclose([transform.mean, transform.std], [mean, std])
+
+
+@pytest.fixture(scope="module")
+def cut_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle of a model with the first 8192 entries of CLIP's vocabulary, through the gate in both precisions."""
+    folder = tmp_path_factory.mktemp("cut")
+    weights = save_converted(tiny_checkpoint(vocab_size=8192), folder / "weights.safetensors", "longclip")
+    real = exporter.parity_texts
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporter, "parity_texts", lambda tokenizer: real(tokenizer)[::6])
+        return export_bundle(ExportOptions(str(weights), folder / "bundle", fp16=True))[0]
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("fp32", 1e-5), ("fp16", 5e-3)])
+def test_a_cut_vocabulary_goes_through_the_gate_to_the_embedder(
+    cut_bundle: Bundle, kind: str, tolerance: float
+) -> None:
+    checkpoint = tiny_checkpoint(vocab_size=8192)
+    assert cut_bundle.architecture == checkpoint.architecture
+    texts = ["a red ball", "a turquoise hourglass", "", "two cats <end_of_text> and more", "word " * 300]
+    text, _ = towers_from_checkpoint(checkpoint)
+    with Embedder.from_bundle(cut_bundle.path, "onnxruntime", kind) as embedder:
+        ids = embedder.tokenizer(texts)
+        assert ids.max() == embedder.tokenizer.eot == 8191
+        expected = text(torch.from_numpy(ids))[0].numpy()
+        np.testing.assert_allclose(embedder.embed_texts(texts), expected, atol=tolerance)
+
+
+def test_the_gate_knows_a_cut_vocabularys_end_token(cut_bundle: Bundle, tmp_path: Path) -> None:
+    bundle = load_bundle(shutil.copytree(cut_bundle.path, tmp_path / "copy"))
+    towers = towers_from_checkpoint(tiny_checkpoint(vocab_size=8192))
+    tokens = [row.numpy() for row in token_ids([9] * 4, width=9, vocab_size=8192)]
+    sample = Sample(tokens, torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0)).numpy())
+    reference = reference_from_towers(*towers, sample)
+
+    def failed() -> set[str]:
+        backend = open_backend(bundle, "onnxruntime", "fp32")
+        return {check.name for check in verify_backend(backend, sample, reference) if not check.passed}
+
+    assert failed() == set()
+    model = onnx.load(bundle.path / "text.onnx")
+    drop_causality(model)
+    onnx.save(model, bundle.path / "text.onnx")
+    assert "tokens after EOT changed" in failed()
 
 
 @pytest.mark.usefixtures("few_texts")

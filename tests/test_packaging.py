@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+BUILT_IN = ("README.md", "bundle.json", "image.fp16.onnx", "text.onnx", "tokenizer.json")
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +27,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         "LICENSE",
     ]
     subprocess.run(["cp", "-a", *tracked, str(copy)], cwd=ROOT, check=True)
+    built_in = copy / "longclip_rt" / "assets" / "tiny"
+    built_in.mkdir(exist_ok=True)
+    for name in BUILT_IN:
+        (built_in / name).touch()  # whether or not this folder holds the model by now
+    (built_in / ".unfinished").touch()
     out = tmp_path_factory.mktemp("wheel")
     build = [
         sys.executable,
@@ -58,6 +64,11 @@ def test_every_module_and_the_gates_data_are_in_the_wheel(wheel: set[str]) -> No
     assert modules <= wheel
     photos = {f"longclip_rt/assets/examples/photos/{path.name}" for path in (ROOT / "examples/photos").iterdir()}
     assert photos and photos | {"longclip_rt/assets/examples/captions.json", "longclip_rt/py.typed"} <= wheel
+
+
+def test_the_built_in_model_is_in_the_wheel(wheel: set[str]) -> None:
+    assert {f"longclip_rt/assets/tiny/{name}" for name in BUILT_IN} <= wheel
+    assert "longclip_rt/assets/tiny/.unfinished" not in wheel
 
 
 @pytest.mark.parametrize("folder", ["export", "kernels", "train"])

@@ -43,14 +43,14 @@ def test_the_quick_start_works(blocks: list[tuple[str, str]], tmp_path: Path) ->
         result = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True)
         assert result.returncode == 0, result.stdout + result.stderr
         if block.strip() == "make demo":
-            assert "the ranking means nothing" in result.stdout
-            assert "UNTRAINED" in result.stderr
-            assert {path.name for path in (tmp_path / "demo").iterdir()} == {"bundle", "files.parquet", "gallery.html"}
+            assert re.search(r"In all: \d+ of 24 with whole captions", result.stdout)
+            assert "nothing of real photographs" in result.stdout
+            assert {path.name for path in (tmp_path / "demo").iterdir()} == {"files.parquet", "gallery.html"}
         elif language == "sh":
-            assert (tmp_path / "files.parquet").is_file() and (tmp_path / "gallery.html").is_file()
-            assert len(re.findall(r"^ +\d  ", result.stdout, re.MULTILINE)) >= 3
+            assert (tmp_path / "scenes.parquet").is_file() and (tmp_path / "gallery.html").is_file()
+            assert len(re.findall(r"^ +\d  ", result.stdout, re.MULTILINE)) == 4 + 3
         else:
-            assert re.fullmatch(r"\[\[-?0\.\d+\]\]\n", result.stdout)
+            assert re.fullmatch(r"\[\[0\.\d+\]\]\n", result.stdout)
 
 
 def test_the_makefile_has_what_the_readme_names() -> None:

@@ -41,6 +41,7 @@ def reference(checkpoint: Checkpoint) -> torch.nn.Module:
         },
         text_cfg={
             "context_length": a.context_length,
+            "vocab_size": a.vocab_size,
             "width": a.text_width,
             "heads": a.text_width // 64,
             "layers": a.text_layers,
@@ -68,6 +69,19 @@ def test_embeddings_equal_open_clips(quick_gelu: bool) -> None:
     torch.testing.assert_close(image(pixels())[0], model.encode_image(pixels(), normalize=True), rtol=0, atol=1e-5)
     # The comparison means something only where texts and activations differ by far more than the tolerance.
     assert (expected[0] - expected[-1]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_a_cut_vocabulary_is_pooled_at_its_own_end_token() -> None:
+    checkpoint = tiny_checkpoint(vocab_size=8192)
+    text, _ = towers_from_checkpoint(checkpoint)
+    ids = token_ids(LENGTHS, vocab_size=8192)
+    expected = reference(checkpoint).encode_text(ids, normalize=True)
+    torch.testing.assert_close(text(ids)[0], expected, rtol=0, atol=1e-5)
+    hidden = huggingface(checkpoint)(input_ids=ids.long(), pixel_values=pixels()).text_embeds
+    torch.testing.assert_close(text(ids)[0], hidden, rtol=0, atol=1e-5)
+    padded = token_ids(LENGTHS, vocab_size=8192, pad=8191)
+    torch.testing.assert_close(text(padded)[0], text(ids)[0], rtol=0, atol=0)
 
 
 @torch.no_grad()

@@ -14,11 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longclip_rt.architecture import EOT, Architecture
+from longclip_rt.architecture import VOCAB_SIZE, Architecture
 from longclip_rt.checkpoint import Checkpoint
 from longclip_rt.weights.random import random_state_dict
-
-SOT = EOT - 1
 
 # Two heads in one tower and one in the other; an MLP that is not four times as wide; 9 patches and a class token.
 TINY = Architecture(
@@ -51,14 +49,17 @@ def long_clip_tensors(seed: int = 0) -> dict[str, Tensor]:
     return tensors | {"positional_embedding_res": 0.01 * second}
 
 
-def token_ids(lengths: list[int], width: int = 248, pad: int = 0, seed: int = 0) -> Tensor:
+def token_ids(
+    lengths: list[int], width: int = 248, pad: int = 0, seed: int = 0, vocab_size: int = VOCAB_SIZE
+) -> Tensor:
     """Texts of the given lengths in tokens (SOT and EOT included), int32 [B, width], padded behind."""
+    sot, eot = vocab_size - 2, vocab_size - 1
     generator = torch.Generator().manual_seed(seed)
     ids = torch.full((len(lengths), width), pad, dtype=torch.int32)
     for row, length in enumerate(lengths):
-        ids[row, 0] = SOT
-        ids[row, 1 : length - 1] = torch.randint(1, SOT, (length - 2,), generator=generator, dtype=torch.int32)
-        ids[row, length - 1] = EOT
+        ids[row, 0] = sot
+        ids[row, 1 : length - 1] = torch.randint(1, sot, (length - 2,), generator=generator, dtype=torch.int32)
+        ids[row, length - 1] = eot
     return ids
 
 

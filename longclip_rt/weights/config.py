@@ -34,6 +34,8 @@ class ModelConfig:
         image_mean: Mean of each colour channel (red, green, blue; of values from 0 to 1) that is subtracted.
         image_std: Deviation of each channel that is divided by.
         trained: False where the weights are known to be seeded, untrained ones.
+        vocab_size: Entries of the model's vocabulary, where that is known to be CLIP's own, cut to its first merges or
+            whole. Only this package's files say so: a configuration's `vocab_size` leaves open whose tokens they are.
     """
 
     quick_gelu: bool | None = None
@@ -42,6 +44,7 @@ class ModelConfig:
     image_mean: Triple = CLIP_MEAN
     image_std: Triple = CLIP_STD
     trained: bool = True
+    vocab_size: int | None = None
 
     def to_metadata(self) -> dict[str, str]:
         """The fields as strings, for a safetensors file's header; `with_metadata` reads them back."""
@@ -74,7 +77,7 @@ def _checked(name: str, value: Any, where: str) -> Any:
         if good and (name == "image_mean" or min(value) > 0):
             return tuple(float(v) for v in value)
         expected = "three numbers were" if name == "image_mean" else "three positive numbers were"
-    elif name.endswith("_width"):
+    elif name.endswith(("_width", "_size")):
         if type(value) is int and value > 0:
             return value
         expected = "a positive whole number was"

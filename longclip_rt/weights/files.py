@@ -105,9 +105,11 @@ def read_weights(path: Path) -> RawWeights:
     _refuse_stand_ins(path, head)
     if path.name.endswith(".index.json"):
         return _read_split(path)
-    if head.startswith((b"PK\x03\x04", b"\x80")):
+    # A safetensors file begins with the length of its JSON header, 8 bytes little-endian, and the header itself. One
+    # such length in 32 begins as a pickle does, with 0x80; no pickle goes on with four zeros and a brace.
+    is_pickle = head.startswith(b"\x80") and head[4:9] != b"\0\0\0\0{"
+    if is_pickle or head.startswith(b"PK\x03\x04"):
         return RawWeights(_read_torch(path, head), sha256_of_file(path))
-    # A safetensors file begins with the length of its JSON header, 8 bytes little-endian, and the header itself.
     if len(head) > 8 and head[8:9] == b"{":
         tensors, metadata = _read_safetensors(path, size)
         return RawWeights(tensors, sha256_of_file(path), metadata)

@@ -104,7 +104,7 @@ def test_images_that_are_prepared_in_another_way_are_refused(
 
 
 def test_a_header_says_everything_again() -> None:
-    config = ModelConfig(False, 80, 64, (0.1, 0.2, 0.3), (1.0, 2.0, 3.0), trained=False)
+    config = ModelConfig(False, 80, 64, (0.1, 0.2, 0.3), (1.0, 2.0, 3.0), trained=False, vocab_size=8192)
     assert ModelConfig().with_metadata(config.to_metadata() | {"format": "pt"}) == config
     assert config.with_metadata({"format": "pt"}) == config
 
@@ -116,7 +116,13 @@ def test_a_header_that_says_nothing_of_the_activation_leaves_it_to_the_files_bes
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("trained", "perhaps"), ("quick_gelu", "1"), ("vision_head_width", "-64"), ("image_mean", "[1, 2]")],
+    [
+        ("trained", "perhaps"),
+        ("quick_gelu", "1"),
+        ("vision_head_width", "-64"),
+        ("vocab_size", "many"),
+        ("image_mean", "[1, 2]"),
+    ],
 )
 def test_a_broken_header_is_refused(name: str, text: str) -> None:
     with pytest.raises(WeightsError, match=rf"longclip_rt\.{name}.* expected"):

@@ -128,6 +128,15 @@ def test_files_cut_short_are_refused(kind: str, kept: float, tmp_path: Path) -> 
         read_weights(path)
 
 
+def test_safetensors_are_known_whatever_the_length_of_their_header(tmp_path: Path) -> None:
+    path, first_bytes = tmp_path / "weights.safetensors", set()
+    for padding in range(0, 256, 8):
+        save_file(TENSORS, path, metadata={"note": "x" * padding})
+        first_bytes.add(path.read_bytes()[0])
+        assert read_weights(path).content.keys() == TENSORS.keys()
+    assert 0x80 in first_bytes  # as a pickle begins
+
+
 def test_an_unreadable_path_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"Cannot read .*No such file"):
         read_weights(tmp_path / "absent.pt")

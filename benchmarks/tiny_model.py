@@ -1,0 +1,142 @@
+"""The built-in model: exports what `make tiny` trained to longclip_rt/assets/tiny/, measures it, and writes its card.
+
+python benchmarks/tiny_model.py                       # measures the built-in bundle and prints the table
+python benchmarks/tiny_model.py --from-run tiny/long  # exports that run first, in place of the one that is there
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+from common import RESULTS, save_table
+from scene_tests import BIN, SCENES, BundleEncoders, measure
+
+from longclip_rt import machine
+from longclip_rt.bundle import BUILT_IN, rename_weights
+from longclip_rt.errors import TrainingError
+from longclip_rt.examples import example_captions
+from longclip_rt.export.exporter import ExportOptions, export_bundle
+from longclip_rt.runtime import Embedder
+from longclip_rt.train.card import CARD_FILE, ModelCard, TrainingFacts, write_model_card
+from longclip_rt.train.checkpoints import TrainState, load_newest_checkpoint
+from longclip_rt.train.results import WEIGHTS
+
+NAME = "tiny_model"
+WEIGHTS_NAME = "tiny.safetensors"
+
+_SUMMARY = (
+    "A small Long-CLIP that comes with longclip-rt, so that everything can be tried without a download. It knows "
+    "procedural scenes and nothing else: 24 kinds of things in 10 colours, 5 textures and 3 sizes before 8 backgrounds "
+    "(`longclip_rt.train.scenes`). It was trained from random weights, first as a CLIP of 77 tokens, then as a "
+    "Long-CLIP of 248, by `make tiny`. Its vocabulary is CLIP's, cut to its first 7,678 merges."
+)
+_LIMITS = (
+    "**It knows nothing about photographs.** Among the 11 real photographs of the package it finds about as many as "
+    "guessing does (see the table). Use it to try the tools, in tests and in examples; for anything else export real "
+    "weights, such as `BeichenZhang/LongCLIP-B`."
+)
+
+
+def export(run: Path) -> None:
+    """Puts a run's weights, exported in fp32 and fp16, in the place of the built-in bundle."""
+    staging = BUILT_IN.with_name(".tiny.new")
+    shutil.rmtree(staging, ignore_errors=True)
+    export_bundle(ExportOptions(str(run / WEIGHTS), staging, fp16=True), progress=print)
+    rename_weights(staging, WEIGHTS_NAME)
+    shutil.rmtree(BUILT_IN, ignore_errors=True)
+    staging.rename(BUILT_IN)
+
+
+def photographs(embedder: Embedder) -> float:
+    """Share of the real photographs that their long captions find among all of them."""
+    captions = example_captions()
+    images = embedder.embed_images([caption.photo for caption in captions])
+    texts = embedder.embed_texts([caption.long for caption in captions])
+    return float(((texts @ images.T).argmax(axis=1) == np.arange(len(captions))).mean())
+
+
+def card(run: Path, rows: list[dict[str, object]]) -> ModelCard:
+    """The model card of a run and what was measured of its bundle."""
+    state = _finished(run)
+    first = _finished(Path(str(state.config["weights"])).parent)
+    facts = TrainingFacts(
+        data=f"{first.config['data']}, then {state.config['data']}: new scenes at every step",
+        rows=first.step * first.config["batch_size"] + state.step * state.config["batch_size"],
+        seed=state.config["seed"],
+        steps=first.step + state.step,
+        batch_size=state.config["batch_size"],
+        precision=state.config["precision"],
+        hardware=f"{machine.cpu_name()}, one core, beside other work",
+        seconds=first.seconds + state.seconds,
+        versions={name: machine.package_versions().get(name) for name in ("longclip-rt", "torch", "open_clip_torch")},
+    )
+    return ModelCard(
+        "Long-CLIP tiny, longclip-rt's built-in model",
+        _SUMMARY,
+        facts,
+        _LIMITS,
+        config={"first phase": first.config, "second phase": state.config},
+        figures=[(str(row["what"]), f"{100 * float(str(row['value'])):.1f}%") for row in rows],
+        weights="bundle.json",
+    )
+
+
+def _finished(run: Path) -> TrainState:
+    state = load_newest_checkpoint(run)
+    if state is None:
+        raise TrainingError(f"{run} holds no run; begin with: make tiny")
+    return state
+
+
+def measured(embedder: Embedder) -> list[dict[str, object]]:
+    """What is measured, its value as a fraction, and on how many tests."""
+    figures, positions = measure(BundleEncoders(embedder))
+    names = {
+        "long_i2t_r1": "long captions: image to text, R@1 of 1,000 held-out scenes",
+        "long_t2i_r1": "long captions: text to image, R@1",
+        "short_i2t_r1": "short captions: image to text, R@1",
+        "short_t2i_r1": "short captions: text to image, R@1",
+        "zero_shot": "kind of the main thing among 24, zero-shot",
+        "detail": "twins that differ in one colour or texture told apart (chance: 50%)",
+    }
+    rows: list[dict[str, object]] = [
+        {"what": names[name], "value": round(value, 4), "tests": SCENES} for name, value in figures.items()
+    ]
+    rows[-1]["tests"] = int(sum(point["tests"] for point in positions))
+    for point in positions:
+        if point["tests"] >= 50:
+            first = int(point["position"])
+            what = f"  detail at tokens {first} to {first + BIN - 1}"
+            rows.append({"what": what, "value": round(point["accuracy"], 4), "tests": int(point["tests"])})
+    rows.append(
+        {
+            "what": "real photographs: long caption to image, R@1 of 11 (chance: 9%)",
+            "value": round(photographs(embedder), 4),
+            "tests": 11,
+        }
+    )
+    return rows
+
+
+def main() -> None:
+    """Exports where that was asked for; measures; writes results/tiny_model.csv and, after an export, the card."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--from-run", type=Path, metavar="DIR", help="run of the second phase to export")
+    options = parser.parse_args()
+    if options.from_run is not None:
+        export(options.from_run)
+    embedder = Embedder.from_bundle(BUILT_IN)
+    rows = measured(embedder)
+    save_table(NAME, [{**row, **{key: embedder.describe()[key] for key in ("backend", "precision")}} for row in rows])
+    if options.from_run is not None:
+        write_model_card(BUILT_IN / CARD_FILE, card(options.from_run, rows))
+        size = sum(file.stat().st_size for file in BUILT_IN.iterdir())
+        print(json.dumps({"bytes": size, "results": str(RESULTS / f"{NAME}.csv")}))
+
+
+if __name__ == "__main__":
+    main()
