@@ -14,15 +14,13 @@ EXPORT = [
     "open_clip_torch>=3.0",
     "onnx>=1.18",  # opset 23
     "onnxscript>=0.5",
-        "train": TRAIN,
-        "plot": ["matplotlib>=3.8"],
-        "dev": [
-            *TRAIN,
-            "onnxruntime>=1.32",
-            # cuda.core imports without a GPU; beside torch the bindings are there already.
-            "cuda-core>=1.2",
-            "cuda-bindings>=13; platform_system == 'Linux'",
-            "tensorrt_cu13_bindings==11.4.0.106; platform_system == 'Linux' and platform_machine == 'x86_64'",
+]
+
+TRAIN = [
+    *EXPORT,
+    "matplotlib>=3.8",
+    "tensorboard>=2.16",
+    "webdataset>=0.2.100",
 ]
 
 setup(
@@ -72,7 +70,6 @@ setup(
             "cuda-bindings>=13; platform_system == 'Linux'",
             "tensorrt_cu13_bindings==11.4.0.106; platform_system == 'Linux' and platform_machine == 'x86_64'",
             "hypothesis>=6.100",
-            "matplotlib>=3.8",
             "mypy>=1.15",
             "pytest>=8.0",
             "pytest-timeout>=2.3",

@@ -17,6 +17,7 @@ from longclip_rt.bundle import PCA, TOKENIZER, TOWERS, Bundle, bundles_home, loa
 from longclip_rt.checkpoint import Checkpoint, load_checkpoint
 from longclip_rt.errors import ExportError
 from longclip_rt.examples import example_photos, parity_texts
+from longclip_rt.export.head import head_checks, why_no_head, write_head
 from longclip_rt.export.onnx import OPSET, export_tower
 from longclip_rt.export.precision import BlockActivation, half_tower
 from longclip_rt.export.rounding import RoundedHalfBackend
@@ -31,6 +32,9 @@ from longclip_rt.tokenizer import Tokenizer
 from longclip_rt.towers import ImageTower, TextTower, towers_from_checkpoint
 
 logger = logging.getLogger("longclip_rt")
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+"""Compute capabilities times ten that a PCA head is compiled for; no GPU needs to be here."""
 
 Progress = Callable[[str], None]
 
@@ -160,6 +164,15 @@ def export_bundle(options: ExportOptions, progress: Progress = lambda stage: Non
             backend = RoundedHalfBackend(bundle) if rounded else open_backend(bundle, runtime, precision)
             checks.extend(verify_backend(backend, sample, reference))
             backend.close()
+        if pca is not None and options.fp16:
+            progress("compiling the PCA head")
+            if reason := why_no_head(text, image, options.pca_mode):
+                logger.info("the bundle has no PCA head for GPUs beside its graphs: %s", reason)
+            else:
+                write_head(staging, text, image, pca, ARCHITECTURES)
+                write_manifest(staging, fields)
+                bundle = load_bundle(staging, verify=False)
+                checks.extend(head_checks(bundle, sample, reference, ARCHITECTURES[0]))
         report = ParityReport(tuple(checks), reference.activations, len(sample.tokens), len(sample.pixels))
         if report.failed:
             raise ParityError(
@@ -175,7 +188,7 @@ def export_bundle(options: ExportOptions, progress: Progress = lambda stage: Non
 def stages(options: ExportOptions) -> int:
     """How many times `export_bundle` calls `progress`."""
     graphs = len(TOWERS) * (2 if options.fp16 else 1)
-    return 3 + graphs + len(_runtimes(options.fp16))
+    return 3 + graphs + len(_runtimes(options.fp16)) + (options.fp16 and options.pca is not None)
 
 
 def _runtimes(fp16: bool) -> list[tuple[str, str]]:
