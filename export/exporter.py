@@ -28,7 +28,8 @@ from longclip_rt.extras import require
 from longclip_rt.files import directory_in_the_making, write_text_atomically
 from longclip_rt.pca import Pca, check_mode, load_pca, save_pca
 from longclip_rt.preprocess import ImageTransform
-from longclip_rt.tokenizer import Tokenizer
+from longclip_rt.self_check import IMAGES, TEXTS, write_self_check
+from longclip_rt.tokenizer import Tokenizer, pad_tokens
 from longclip_rt.towers import ImageTower, TextTower, towers_from_checkpoint
 
 logger = logging.getLogger("longclip_rt")
@@ -156,6 +157,7 @@ def export_bundle(options: ExportOptions, progress: Progress = lambda stage: Non
             reference = reference.with_pca(pca, options.pca_mode)
         checks = list(_write_graphs(staging, text, image, reference, options.fp16, progress))
         fields = _manifest_fields(checkpoint, options, text, image) | _pca_fields(pca, options.pca_mode)
+        _keep_self_check(staging, checkpoint, sample, reference)
         write_manifest(staging, fields)
         for runtime, precision in _runtimes(options.fp16):
             progress(f"checking with {runtime} in {precision}")
@@ -231,6 +233,20 @@ def _sample(staging: Path, checkpoint: Checkpoint) -> Sample:
     transform = _transform(checkpoint)
     tokens = [entry.ids for entry in tokenizer.encode(parity_texts(tokenizer))]
     return Sample(tokens, np.stack([transform(photo) for photo in example_photos()]))
+
+
+def _keep_self_check(staging: Path, checkpoint: Checkpoint, sample: Sample, reference: Reference) -> None:
+    """Keeps a few of the sample's inputs, from the shortest to the longest text, and what the towers gave for them."""
+    by_length = sorted(range(len(sample.tokens)), key=lambda index: len(sample.tokens[index]))
+    count = min(TEXTS, len(by_length))
+    chosen = [by_length[index * (len(by_length) - 1) // max(count - 1, 1)] for index in range(count)]
+    ids = pad_tokens([sample.tokens[index] for index in chosen], checkpoint.architecture.context_length)
+    crops = np.stack([_transform(checkpoint).crop(photo) for photo in example_photos()[:IMAGES]])
+    expected = {
+        "text": {name: rows[chosen] for name, rows in reference.outputs["text"].items()},
+        "image": {name: rows[:IMAGES] for name, rows in reference.outputs["image"].items()},
+    }
+    write_self_check(staging, ids, crops, expected, reference.spans)
 
 
 def _write_graphs(

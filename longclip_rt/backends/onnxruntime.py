@@ -64,6 +64,11 @@ class OnnxRuntimeBackend(Backend):
                 self._sessions[tower] = self._opened(tower)
             return self._sessions[tower]
 
+    def prepare(self) -> None:
+        """Opens both sessions."""
+        for tower in self._graphs:
+            self._session(tower)
+
     def _opened(self, tower: str) -> Any:
         options = self._ort.SessionOptions()
         options.log_severity_level = 3  # errors; warnings there are about its own optimiser
