@@ -17,7 +17,7 @@ from longclip_rt.bundle import PCA, TOKENIZER, TOWERS, Bundle, bundles_home, loa
 from longclip_rt.checkpoint import Checkpoint, load_checkpoint
 from longclip_rt.errors import ExportError
 from longclip_rt.examples import example_photos, parity_texts
-from longclip_rt.export.head import head_checks, why_no_head, write_head
+from longclip_rt.export.head import head_checks, why_no_head, write_head, write_plugin_graphs
 from longclip_rt.export.onnx import OPSET, export_tower
 from longclip_rt.export.precision import BlockActivation, half_tower
 from longclip_rt.export.rounding import RoundedHalfBackend
@@ -53,6 +53,7 @@ class ExportOptions:
         activation: `quick_gelu` or `gelu`, where the weights do not say; None leaves it to `load_checkpoint`.
         pca: File of a PCA of this model's embeddings; the graphs then have the outputs `text_pca` and `image_pca`.
         pca_mode: What these are, `project` or `reconstruct`.
+        pca_in_engine: Whether to add fp16 graphs with the plug-in `longclip::pca_head` in the PCA's place.
     """
 
     weights: str
@@ -62,6 +63,7 @@ class ExportOptions:
     activation: Literal["quick_gelu", "gelu"] | None = None
     pca: Path | None = None
     pca_mode: str = "project"
+    pca_in_engine: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,8 @@ def export_bundle(options: ExportOptions, progress: Progress = lambda stage: Non
         with directory_in_the_making(options.out):  # refuses, and says how to go on, before minutes of work
             pass
     check_mode(options.pca_mode)
+    if options.pca_in_engine and (options.pca is None or not options.fp16):
+        raise ExportError("--pca-in-engine puts a PCA into fp16 graphs. Add --fp16 and --pca FILE.")
     pca = None if options.pca is None else load_pca(options.pca)
     progress("reading weights")
     checkpoint = load_checkpoint(options.weights, activation=options.activation)
@@ -169,12 +173,16 @@ def export_bundle(options: ExportOptions, progress: Progress = lambda stage: Non
         if pca is not None and options.fp16:
             progress("compiling the PCA head")
             if reason := why_no_head(text, image, options.pca_mode):
+                if options.pca_in_engine:
+                    raise ExportError(f"The PCA cannot be put into the engine: {reason}. Leave --pca-in-engine out.")
                 logger.info("the bundle has no PCA head for GPUs beside its graphs: %s", reason)
             else:
                 write_head(staging, text, image, pca, ARCHITECTURES)
                 write_manifest(staging, fields)
                 bundle = load_bundle(staging, verify=False)
                 checks.extend(head_checks(bundle, sample, reference, ARCHITECTURES[0]))
+                if options.pca_in_engine:
+                    write_plugin_graphs(bundle, ARCHITECTURES[0])
         report = ParityReport(tuple(checks), reference.activations, len(sample.tokens), len(sample.pixels))
         if report.failed:
             raise ParityError(

@@ -27,7 +27,7 @@ from longclip_rt.backends.head_kernel import (
     weights_file,
 )
 from longclip_rt.bundle import Bundle
-from longclip_rt.export.head_graph import with_head_states
+from longclip_rt.export.head_graph import with_head_plugin, with_head_states
 from longclip_rt.export.verify import LIMITS, LOOSEST, Check, Reference, Sample
 from longclip_rt.files import output_errors
 from longclip_rt.pca import EPS, Pca
@@ -125,6 +125,33 @@ def _compiled(k: int, architectures: Sequence[int]) -> Iterator[tuple[Compiled, 
         if failures := failed_gates(compiled):
             raise KernelError(f"{'; '.join(failures)}. Another version of triton may help.")
         yield compiled, rows[compiled.config]
+
+
+def plugin_graph_name(tower: str) -> str:
+    """The file of a tower's fp16 graph with the plug-in in it, which only TensorRT reads."""
+    return f"{tower}.fp16.plugin.onnx"
+
+
+def write_plugin_graphs(bundle: Bundle, arch: int) -> None:
+    """Writes both towers' fp16 graphs once more, with `longclip::pca_head` in the place of the head's operators.
+
+    Args:
+        bundle: In the making, with the head in it; its manifest is to be written anew.
+        arch: An architecture that the head was compiled for.
+
+    Raises:
+        OutputError: The folder cannot be written.
+    """
+    import onnx
+
+    for tower in INPUT_NAMES:
+        model = onnx.load(str(bundle.onnx(tower, "fp16")))
+        head = load_head(bundle.path, tower, arch)
+        assert head is not None
+        with_head_plugin(model, tower, head)
+        file = bundle.file(plugin_graph_name(tower))
+        with output_errors(file):
+            file.write_bytes(model.SerializeToString())
 
 
 def head_from_states(head: HeadFiles, states: NDArray[np.float16]) -> Float32:

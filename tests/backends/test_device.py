@@ -1,39 +1,35 @@
 from __future__ import annotations
 
+import importlib.util
 import os
-import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from stubs import compile_stubs, run_cases
 
 HERE = Path(__file__).parent
-STUBS = {
-    "libnvinfer.so.11": "createInferBuilder_INTERNAL createInferRefitter_INTERNAL createInferRuntime_INTERNAL "
-    "getPluginRegistry getBuilderPluginRegistry",
-    "libnvonnxparser.so.11": "createNvOnnxParser_INTERNAL createNvOnnxParserRefitter_INTERNAL getNvOnnxParserVersion",
-    "libnvinfer_plugin.so.11": "initLibNvInferPlugins",
-}
-"""What TensorRT's bindings take from its libraries; here each returns null."""
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or not shutil.which("cc"), reason="needs Linux and a C compiler"
+)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux") or not shutil.which("cc"), reason="needs Linux and cc")
 def test_the_device_layer_over_an_imitated_driver(tmp_path: Path) -> None:
-    """Runs `device_cases.py`: the real cuda.core on an imitation of the driver, TensorRT held to its real bindings."""
-    pytest.importorskip("cuda.core")
-    for name, symbols in STUBS.items():
-        source = tmp_path / f"{name}.c"
-        source.write_text("\n".join(f"void *{symbol}(void) {{ return 0; }}" for symbol in symbols.split()))
-        subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / name, source], check=True)
+    """The real cuda.core on an imitation of the driver, with TensorRT held to its real bindings."""
+    compile_stubs(tmp_path)
     driver = tmp_path / "libcuda.so.1"
     options = ["-w", "-shared", "-fPIC", "-O1", f"-Wl,-soname,{driver.name}", "-o", str(driver)]
     subprocess.run(["cc", *options, str(HERE / "imitated_driver.c"), "-ldl", "-lpthread"], check=True)
-    environment = {**os.environ, "IMITATED_DRIVER": str(driver), "LD_LIBRARY_PATH": str(tmp_path)}
-    command = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", str(HERE / "device_cases.py")]
-    result = subprocess.run(command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
-    # Nothing was skipped or left out.
-    cases = len(re.findall(r"^def test_", (HERE / "device_cases.py").read_text(), re.M))
-    assert int(re.findall(r"(\d+) passed", result.stdout)[0]) >= cases and "skipped" not in result.stdout
+    run_cases(HERE / "device_cases.py", tmp_path, {"IMITATED_DRIVER": str(driver)})
+
+
+@pytest.mark.skipif(
+    not importlib.util.find_spec("triton") or os.environ.get("TRITON_INTERPRET") == "1",
+    reason="needs Triton's compiler",
+)
+def test_the_plugin_with_tensorrts_real_bindings(tmp_path: Path) -> None:
+    """Registration, signatures and expressions are judged by TensorRT's own Python code."""
+    compile_stubs(tmp_path)
+    run_cases(HERE / "plugin_cases.py", tmp_path, {})

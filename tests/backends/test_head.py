@@ -178,6 +178,9 @@ source._pca_head_kernel[(-(-len(states) // code.rows),)](
     BLOCK_B=config.rows, BLOCK_N=config.columns, BLOCK_W=config.inner,
 )
 np.save(out / "reduced.npy", reduced.numpy())
+from longclip_rt.export.plugin import launch_callback
+launch_callback([states, *weights, reduced.zero_()], head.dim, head.k, head.eps, head.floor)
+np.save(out / "callback.npy", reduced.numpy())
 """
 
 
@@ -191,4 +194,5 @@ def test_the_kernel_with_the_stored_weights_and_numbers_gives_the_pca(head: Head
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[-3000:]
     np.testing.assert_allclose(np.load(tmp_path / "reduced.npy"), head_from_states(head, states), atol=2e-3)
+    np.testing.assert_allclose(np.load(tmp_path / "callback.npy"), head_from_states(head, states), atol=2e-3)
     assert (head.folder / KERNELS).is_file()
