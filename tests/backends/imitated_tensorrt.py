@@ -7,7 +7,9 @@ method that TensorRT does not have, or a keyword that it does not know, fails he
 from __future__ import annotations
 
 import ctypes
+import importlib
 import inspect
+import os
 import re
 import weakref
 from collections.abc import Callable
@@ -15,7 +17,8 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-import tensorrt_bindings as real
+# `tensorrt_bindings`, or `tensorrt_rtx`, whose classes are the same where they are used.
+real: Any = importlib.import_module(os.environ["IMITATED_LIBRARY"])
 
 WORKSPACE = 5000
 FREE = -1
