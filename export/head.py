@@ -19,6 +19,7 @@ from longclip_rt.backends.base import INPUT_NAMES, Float32
 from longclip_rt.backends.head_kernel import (
     FORMAT_VERSION,
     KERNELS,
+    LARGEST_SHARED,
     Code,
     HeadFiles,
     load_head,
@@ -121,10 +122,15 @@ def _compiled(k: int, architectures: Sequence[int]) -> Iterator[tuple[Compiled, 
 
     variants = head_variants(k)
     rows = {variant.config.name: variant.config.rows for variant in variants}
+    fitting = set()
     for compiled in compile_kernels(architectures, variants):
         if failures := failed_gates(compiled):
             raise KernelError(f"{'; '.join(failures)}. Another version of triton may help.")
-        yield compiled, rows[compiled.config]
+        if compiled.shared <= LARGEST_SHARED:  # on sm_100 that of many rows is larger, and that of few serves all
+            fitting.add(compiled.arch)
+            yield compiled, rows[compiled.config]
+    if left := sorted(set(architectures) - fitting):
+        raise KernelError(f"The PCA head needs more than {LARGEST_SHARED >> 10} KiB of shared memory on sm_{left[0]}.")
 
 
 def plugin_graph_name(tower: str) -> str:

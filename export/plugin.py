@@ -11,6 +11,7 @@ uses the plug-in is created with `NetworkDefinitionCreationFlag.PREFER_AOT_PYTHO
 
 from typing import Any
 
+from longclip_rt.backends.head_kernel import LARGEST_SHARED
 from longclip_rt.export.head_graph import PLUGIN_NAME, PLUGIN_NAMESPACE
 
 PLUGIN = f"{PLUGIN_NAMESPACE}::{PLUGIN_NAME}"
@@ -57,12 +58,14 @@ def register_pca_head(library: Any, plugins: Any, arch: int) -> None:
         tactic: int,
     ) -> tuple[str | bytes, str | bytes, plugins.KernelLaunchParams, plugins.SymExprs]:
         """The kernel's name, its PTX, its launch and its one scalar: the rows."""
-        from longclip_rt.kernels.pca_head_plugin import compile_plugin, plugin_config, plugin_constants
+        from longclip_rt.kernels.pca_head_plugin import compile_plugin, plugin_configs, plugin_constants
 
-        config = plugin_config()
         width, columns = weight.shape
-        constants = plugin_constants(width, columns, shift.shape[0], dim, k, eps, floor, config)
-        name, ptx, shared, threads = compile_plugin(constants, config, arch)
+        for config in plugin_configs():
+            constants = plugin_constants(width, columns, shift.shape[0], dim, k, eps, floor, config)
+            name, ptx, shared, threads = compile_plugin(constants, config, arch)
+            if shared <= LARGEST_SHARED:
+                break
         launch = plugins.KernelLaunchParams()
         launch.grid_x = plugins.cdiv(states.shape_expr[0], config.rows)
         launch.block_x = threads
@@ -104,10 +107,10 @@ def launch_callback(tensors: Any, dim: int, k: int, eps: float, floor: float) ->
         eps: LayerNorm's.
         floor: The least length that the scaled embedding is divided by.
     """
-    from longclip_rt.kernels.pca_head_plugin import _pca_head_plugin_kernel, plugin_config, plugin_constants
+    from longclip_rt.kernels.pca_head_plugin import _pca_head_plugin_kernel, plugin_configs, plugin_constants
 
     states, weight, bias, shift, reduced = tensors
-    config = plugin_config()
+    config = plugin_configs()[0]
     constants = plugin_constants(weight.shape[0], weight.shape[1], len(shift), dim, k, eps, floor, config)
     rows = states.shape[0]
     _pca_head_plugin_kernel[(-(-rows // config.rows),)](

@@ -58,9 +58,9 @@ def plugin_constants(
     }  # fmt: skip
 
 
-def plugin_config() -> KernelConfig:
-    """The one for many rows: an engine holds one kernel for all batches."""
-    return max(HALF_CONFIGS, key=lambda config: config.rows)
+def plugin_configs() -> list[KernelConfig]:
+    """Those to choose from, many rows first: an engine holds one kernel for all batches."""
+    return sorted(HALF_CONFIGS, key=lambda config: -config.rows)
 
 
 def compile_plugin(constants: dict[str, Any], config: KernelConfig, arch: int) -> tuple[str, str, int, int]:

@@ -7,7 +7,7 @@ one launch. Neither Triton nor torch is needed: the code lies in the bundle, and
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from longclip_rt.backends.device import Gpu, Launch
 from longclip_rt.errors import BackendError
+from longclip_rt.files import output_errors, write_text_atomically
 
 KERNELS = "pca_head.json"
 """What a launch needs to know of each cubin beside it, and which PCA the head is of."""
@@ -161,6 +162,39 @@ def load_head(folder: Path, tower: str, arch: int) -> HeadFiles | None:
                 f"{LARGEST_SHARED >> 10} KiB of shared memory. {again}"
             )
     return head
+
+
+def copy_head(source: Path, target: Path, archs: Collection[int]) -> bool:
+    """Puts the head beside an engine that hands out its states: the weights, and the code for the engine's cards.
+
+    Args:
+        source: The bundle's folder.
+        target: The engine's folder.
+        archs: Compute capabilities times ten.
+
+    Returns:
+        Whether there is a head for all of them; if not, nothing is copied, and the engine keeps the PCA's operators.
+
+    Raises:
+        BackendError: The bundle's head is damaged.
+        OutputError: The folder cannot be written.
+    """
+    if not (source / KERNELS).is_file():
+        return False
+    try:
+        about = json.loads((source / KERNELS).read_text(encoding="utf-8"))
+        codes = [code for code in about["codes"] if code["arch"] in archs]
+        names = [*(str(code["file"]) for code in codes), *(weights_file(tower) for tower in about["towers"])]
+        if {code["arch"] for code in codes} != set(archs):
+            return False
+        contents = {name: (source / name).read_bytes() for name in names}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BackendError(f"The PCA head in {source} cannot be read: {error}. Export the bundle again.") from error
+    with output_errors(target):
+        for name, content in contents.items():
+            (target / name).write_bytes(content)
+    write_text_atomically(target / KERNELS, json.dumps({**about, "codes": codes}, indent=1) + "\n")
+    return True
 
 
 class HeadKernel:
