@@ -109,6 +109,14 @@ def test_the_code_takes_exactly_what_tensorrt_passes(definition: Any, monkeypatc
     assert isinstance(scalars[0], plugins.SymInt32) and scalars[0]._expr == 130
 
 
+def test_a_kernel_that_needs_too_much_shared_memory_gives_way_to_the_smaller(
+    definition: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longclip_rt.export.plugin.LARGEST_SHARED", 30_000)
+    _, _, launch, _ = definition.aot_impl_func(*descriptions(monkeypatch), **ATTRIBUTES, outputs=(None,), tactic=0)
+    assert (launch.grid_x._expr, launch.block_x._expr) == (9, 128) and launch.shared_mem._expr <= 30_000
+
+
 def test_the_stripped_code_still_assembles(definition: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     import subprocess
 

@@ -16,8 +16,15 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("library", ["tensorrt_bindings", "tensorrt_rtx"])
-def test_the_device_layer_over_an_imitated_driver(tmp_path: Path, library: str) -> None:
+@pytest.mark.parametrize(
+    ("cases", "library"),
+    [
+        ("device_cases.py", "tensorrt_bindings"),
+        ("device_cases.py", "tensorrt_rtx"),
+        ("tensorrt_cases.py", "tensorrt_bindings"),
+    ],
+)
+def test_the_device_layer_over_an_imitated_driver(tmp_path: Path, cases: str, library: str) -> None:
     """The real cuda.core on an imitation of the driver, with TensorRT held to its real bindings."""
     if not importlib.util.find_spec(library):
         pytest.skip(f"{library} is not installed")
@@ -25,7 +32,7 @@ def test_the_device_layer_over_an_imitated_driver(tmp_path: Path, library: str) 
     driver = tmp_path / "libcuda.so.1"
     options = ["-w", "-shared", "-fPIC", "-O1", f"-Wl,-soname,{driver.name}", "-o", str(driver)]
     subprocess.run(["cc", *options, str(HERE / "imitated_driver.c"), "-ldl", "-lpthread"], check=True)
-    run_cases(HERE / "device_cases.py", tmp_path, {"IMITATED_DRIVER": str(driver), "IMITATED_LIBRARY": library})
+    run_cases(HERE / cases, tmp_path, {"IMITATED_DRIVER": str(driver), "IMITATED_LIBRARY": library})
 
 
 @pytest.mark.skipif(
