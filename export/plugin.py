@@ -12,6 +12,7 @@ uses the plug-in is created with `NetworkDefinitionCreationFlag.PREFER_AOT_PYTHO
 from typing import Any
 
 from longclip_rt.backends.head_kernel import LARGEST_SHARED
+from longclip_rt.errors import KernelError
 from longclip_rt.export.head_graph import PLUGIN_NAME, PLUGIN_NAMESPACE
 
 PLUGIN = f"{PLUGIN_NAMESPACE}::{PLUGIN_NAME}"
@@ -66,6 +67,8 @@ def register_pca_head(library: Any, plugins: Any, arch: int) -> None:
             name, ptx, shared, threads = compile_plugin(constants, config, arch)
             if shared <= LARGEST_SHARED:
                 break
+        else:
+            raise KernelError(f"The PCA head's plug-in needs {shared} bytes of shared memory on sm_{arch}: too much.")
         launch = plugins.KernelLaunchParams()
         launch.grid_x = plugins.cdiv(states.shape_expr[0], config.rows)
         launch.block_x = threads

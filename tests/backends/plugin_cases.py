@@ -112,9 +112,18 @@ def test_the_code_takes_exactly_what_tensorrt_passes(definition: Any, monkeypatc
 def test_a_kernel_that_needs_too_much_shared_memory_gives_way_to_the_smaller(
     definition: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("longclip_rt.export.plugin.LARGEST_SHARED", 30_000)
-    _, _, launch, _ = definition.aot_impl_func(*descriptions(monkeypatch), **ATTRIBUTES, outputs=(None,), tactic=0)
-    assert (launch.grid_x._expr, launch.block_x._expr) == (9, 128) and launch.shared_mem._expr <= 30_000
+    from longclip_rt.errors import KernelError
+
+    def compiled() -> Any:
+        return definition.aot_impl_func(*descriptions(monkeypatch), **ATTRIBUTES, outputs=(None,), tactic=0)[2]
+
+    many = compiled().shared_mem._expr
+    monkeypatch.setattr("longclip_rt.export.plugin.LARGEST_SHARED", many - 1)
+    launch = compiled()
+    assert (launch.grid_x._expr, launch.block_x._expr) == (9, 128) and launch.shared_mem._expr < many
+    monkeypatch.setattr("longclip_rt.export.plugin.LARGEST_SHARED", 0)
+    with pytest.raises(KernelError, match="too much"):
+        compiled()
 
 
 def test_the_stripped_code_still_assembles(definition: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
