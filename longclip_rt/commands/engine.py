@@ -56,3 +56,57 @@ def verify(bundle: Path, backend: str, precision: str, devices: tuple[int, ...] 
             f"{len(failed)} of {len(checks)} checks failed. Build the engines again with: longclip-rt engine build "
             f"{bundle}, or take another --backend."
         )
+
+
+@engine.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--engine", "name", type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]), default="auto")
+@click.option("--arch", "archs", multiple=True, metavar="smNN", help="RTX: build for it; may be repeated. Default: all.")
+@click.option("--text-buckets", default="32,77,128,248", show_default=True, help="Lengths that texts are padded to.")
+@click.option("--batches", default="1,32,256", show_default=True, help="Fewest, usual and most rows of a batch.")
+@click.option("--optimization-level", type=click.IntRange(0, 5), help="Default: the library's own.")
+@click.option("--missing", is_flag=True, help="Build only what is not there.")
+def build(
+    bundle: Path, name: str, archs: tuple[str, ...], text_buckets: str, batches: str, optimization_level: int | None,
+    missing: bool,
+) -> None:  # fmt: skip
+    """Build engines from the fp16 graphs of a bundle; neither torch nor the weights are needed.
+
+    \b
+    Examples:
+      longclip-rt engine build demo/bundle --engine tensorrt-rtx --arch sm89
+    """
+    from longclip_rt.backends.tensorrt import import_library
+    from longclip_rt.bundle import load_bundle
+    from longclip_rt.errors import EngineError
+    from longclip_rt.export.engine import EngineOptions, build_engines, choose_library, offered_archs
+
+    try:
+        wanted = [int(arch.removeprefix("sm")) for arch in archs]
+        least, usual, most = (int(number) for number in batches.split(","))
+        buckets = tuple(int(number) for number in text_buckets.split(","))
+    except ValueError as error:
+        raise EngineError(
+            "Give --arch like sm89, --text-buckets like 32,77 and --batches as three numbers like 1,32,256."
+        ) from error
+    backend, gpu = choose_library(name), ""
+    library = import_library(backend)
+    if backend == "tensorrt":
+        from longclip_rt.backends.device import Gpu
+
+        card = Gpu(0)
+        if wanted and wanted != [card.arch]:
+            raise EngineError(f"TensorRT builds for the GPU that is here, sm{card.arch}; leave --arch out.")
+        wanted, gpu = [card.arch], card.name
+    options = EngineOptions(buckets, (least, usual, most), optimization_level)
+    built = build_engines(
+        load_bundle(bundle), backend, wanted or offered_archs(library), options, gpu, missing=missing
+    )
+    for folder, towers in built:
+        click.echo(folder.name)
+        for tower, one in towers.items():
+            click.echo(f"  {tower:<6} {one.plan_bytes / 2**20:8.1f} MiB {one.seconds:7.1f} s  {one.attention} attention")
+            for layer, count in sorted(one.layers.items()):
+                click.echo(f"    {layer:<32} {count:>6}")
+    if not built:
+        click.echo("Nothing is missing.")
