@@ -145,7 +145,9 @@ def parse_network(library: Any, logger: Any, builder: Any, file: Path) -> tuple[
     parser = library.OnnxParser(network, logger)
     if not parser.parse(graph_bytes(file), str(file)):
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
-        told = "; ".join(f"node {error.node_name() or '?'} ({error.node_operator()}): {error.desc()}" for error in errors)
+        told = "; ".join(
+            f"node {error.node_name() or '?'} ({error.node_operator()}): {error.desc()}" for error in errors
+        )
         raise EngineError(f"The parser refuses {file}: {told or 'it gave no reason'}.")
     return network, parser
 
@@ -180,7 +182,9 @@ def _build(
     network, parser = parse_network(library, logger, builder, bundle.onnx(tower, "fp16"))
     shape = bundle.architecture
     blocks = shape.text_layers if tower == "text" else shape.vision_layers
-    layers, attention = check_network(library, network, blocks)
+    noted = bundle.manifest.get("parity", {}).get("activations", ())
+    kept = sum(entry["tower"] == tower and entry["kept_fp32"] for entry in noted)
+    layers, attention = check_network(library, network, blocks, 4 * kept)  # query-key-value, output, and the MLP's two
     config = _need(builder.create_builder_config(), "create a configuration")
     if options.level is not None:
         config.builder_optimization_level = options.level

@@ -12,7 +12,7 @@ from longclip_rt.commands.options import gpu_numbers, runs_the_model
 
 @click.group()
 def engine() -> None:
-    """Check a bundle's engines on the GPU that runs them.
+    """Build a bundle's engines, and check them on the GPU that runs them.
 
     \b
     Examples:
@@ -61,7 +61,7 @@ def verify(bundle: Path, backend: str, precision: str, devices: tuple[int, ...] 
 @engine.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--engine", "name", type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]), default="auto")
-@click.option("--arch", "archs", multiple=True, metavar="smNN", help="RTX: build for it; may be repeated. Default: all.")
+@click.option("--arch", "archs", multiple=True, metavar="smNN", help="For RTX; may be repeated. Default: all.")
 @click.option("--text-buckets", default="32,77,128,248", show_default=True, help="Lengths that texts are padded to.")
 @click.option("--batches", default="1,32,256", show_default=True, help="Fewest, usual and most rows of a batch.")
 @click.option("--optimization-level", type=click.IntRange(0, 5), help="Default: the library's own.")
@@ -99,13 +99,13 @@ def build(
             raise EngineError(f"TensorRT builds for the GPU that is here, sm{card.arch}; leave --arch out.")
         wanted, gpu = [card.arch], card.name
     options = EngineOptions(buckets, (least, usual, most), optimization_level)
-    built = build_engines(
-        load_bundle(bundle), backend, wanted or offered_archs(library), options, gpu, missing=missing
-    )
+    built = build_engines(load_bundle(bundle), backend, wanted or offered_archs(library), options, gpu, missing=missing)
     for folder, towers in built:
         click.echo(folder.name)
         for tower, one in towers.items():
-            click.echo(f"  {tower:<6} {one.plan_bytes / 2**20:8.1f} MiB {one.seconds:7.1f} s  {one.attention} attention")
+            click.echo(
+                f"  {tower:<6} {one.plan_bytes / 2**20:8.1f} MiB {one.seconds:7.1f} s  {one.attention} attention"
+            )
             for layer, count in sorted(one.layers.items()):
                 click.echo(f"    {layer:<32} {count:>6}")
     if not built:
