@@ -35,10 +35,9 @@ demo: .venv/.demo-installed
 test: lint
 	$(BIN)/python -m pytest
 
-# The tests that need an NVIDIA GPU: kernels and backends; and the times of the PCA head there. TensorRT is checked with
-# the engines of the bundle that LONGCLIP_RT_TEST_BUNDLE names.
+# The kernels' tests on an NVIDIA GPU, and the times of the PCA head there.
 test-gpu: .venv/.dev-installed
-	LONGCLIP_RT_TEST_GPU=1 $(BIN)/python -m pytest -m gpu tests/kernels tests/backends/test_on_gpu.py
+	LONGCLIP_RT_TEST_GPU=1 $(BIN)/python -m pytest -m gpu tests/kernels
 	$(BIN)/python benchmarks/pca_head.py
 
 lint: .venv/.dev-installed

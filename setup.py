@@ -57,20 +57,13 @@ setup(
     ],
     extras_require={
         "cpu": ["onnxruntime>=1.23"],
-        # ONNX Runtime: the first that was tried with telling which provider got which node.
-        "gpu": ["onnxruntime-gpu>=1.32", "cuda-core[cu13]>=1.2"],
-        "rtx": ["tensorrt-rtx>=1.7; platform_system == 'Linux' and platform_machine == 'x86_64'", "onnx>=1.18"],
+        "gpu": ["onnxruntime-gpu>=1.23"],
         "export": EXPORT,
         "train": TRAIN,
         "plot": ["matplotlib>=3.8"],
         "dev": [
             *TRAIN,
-            "onnxruntime>=1.32",
-            # cuda.core imports without a GPU; beside torch the bindings are there already.
-            "cuda-core>=1.2",
-            "cuda-bindings>=13; platform_system == 'Linux'",
-            "tensorrt_cu13_bindings==11.4.0.106; platform_system == 'Linux' and platform_machine == 'x86_64'",
-            "tensorrt-rtx>=1.7; platform_system == 'Linux' and platform_machine == 'x86_64'",
+            "onnxruntime>=1.23",
             "hypothesis>=6.100",
             "mypy>=1.15",
             "pytest>=8.0",

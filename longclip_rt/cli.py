@@ -20,7 +20,6 @@ COMMANDS = {
     "search": "Find what is nearest to a text or an image.",
     "pca": "Fit a PCA that makes vectors shorter.",
     "convert": "Write weights in another library's layout.",
-    "engine": "Check the engines for GPUs on the device.",
     "kernels": "Compile the Triton kernels ahead of time.",
     "info": "Show what can be used on this machine.",
 }

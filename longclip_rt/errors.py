@@ -52,7 +52,3 @@ class KernelError(LongClipError):
 
 class MissingExtraError(LongClipError):
     """An optional dependency that is needed and not installed; the message names the extra."""
-
-
-class EngineError(LongClipError):
-    """An engine that cannot be built: the graph, an option, or the library's own refusal."""

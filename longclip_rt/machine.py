@@ -14,7 +14,7 @@ _CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "a
 
 PACKAGES = (
     "longclip-rt", "numpy", "Pillow", "tokenizers", "ftfy", "pyarrow", "openvino", "onnxruntime", "onnxruntime-gpu",
-    "torch", "open_clip_torch", "onnx", "onnxscript", "transformers", "tensorrt", "tensorrt_rtx", "cuda-core",
+    "torch", "open_clip_torch", "onnx", "onnxscript", "transformers", "tensorrt", "tensorrt_rtx",
 )  # fmt: skip
 """Distributions whose versions matter when vectors or speeds are compared."""
 

@@ -42,11 +42,6 @@ DEFAULT_WEIGHTS = "BeichenZhang/LongCLIP-B"
     help="Add the outputs text_pca and image_pca: the embeddings reduced with a PCA that `longclip-rt pca fit` wrote.",
 )
 @click.option("--pca-mode", type=click.Choice(PCA_MODES), default="project", show_default=True, help="What they are.")
-@click.option(
-    "--pca-in-engine",
-    is_flag=True,
-    help="Add fp16 graphs with the PCA as TensorRT's plug-in longclip::pca_head. Without: a kernel after the engine.",
-)
 def export(
     weights: str,
     out: Path | None,
@@ -55,7 +50,6 @@ def export(
     activation: Literal["quick_gelu", "gelu"] | None,
     pca: Path | None,
     pca_mode: str,
-    pca_in_engine: bool,
 ) -> None:
     """Export weights to a bundle: ONNX graphs of both encoders, the tokenizer, and a parity report.
 
@@ -77,7 +71,7 @@ def export(
 
     from longclip_rt.export.exporter import ExportOptions, ParityError, export_bundle, stages
 
-    options = ExportOptions(weights, out, fp16, outputs, activation, pca, pca_mode, pca_in_engine)
+    options = ExportOptions(weights, out, fp16, outputs, activation, pca, pca_mode)
     with tqdm(total=stages(options), bar_format="{l_bar}{bar:20}| {n}/{total} [{elapsed}] {desc}") as bar:
         started = False
 
