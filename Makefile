@@ -35,9 +35,9 @@ demo: .venv/.demo-installed
 test: lint
 	$(BIN)/python -m pytest
 
-# The kernels' tests on an NVIDIA GPU, and the times of the PCA head there.
+# The kernels' and the training's tests on an NVIDIA GPU, and the times of the PCA head there.
 test-gpu: .venv/.dev-installed
-	LONGCLIP_RT_TEST_GPU=1 $(BIN)/python -m pytest -m gpu tests/kernels
+	LONGCLIP_RT_TEST_GPU=1 $(BIN)/python -m pytest -m gpu tests/kernels tests/train
 	$(BIN)/python benchmarks/pca_head.py
 
 lint: .venv/.dev-installed

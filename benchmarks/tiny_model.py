@@ -42,6 +42,14 @@ _LIMITS = (
     "real weights, such as `BeichenZhang/LongCLIP-B`."
 )
 
+_USAGE = """It is a bundle, and the default where no other was exported:
+
+```
+pip install .    # in a checkout of longclip-rt
+longclip-rt embed images.txt -o images.parquet
+longclip-rt search images.parquet "a long description of what to find"
+```"""
+
 
 def export(run: Path) -> None:
     """Puts a run's weights, exported in fp32 and fp16, in the place of the built-in bundle."""
@@ -83,7 +91,7 @@ def card(run: Path, rows: list[dict[str, object]]) -> ModelCard:
         _LIMITS,
         config={"first phase": first.config, "second phase": state.config},
         figures=[(str(row["what"]), f"{100 * float(str(row['value'])):.1f}%") for row in rows],
-        weights="bundle.json",
+        usage=_USAGE,
     )
 
 

@@ -70,6 +70,7 @@ class ModelCard:
         license: An identifier as Hugging Face has them.
         tags: For Hugging Face's search.
         base_model: The repository on Hugging Face that it was trained from, if any.
+        usage: How to use it, Markdown; None tells how weights are exported.
     """
 
     name: str
@@ -83,6 +84,7 @@ class ModelCard:
     license: str = "apache-2.0"
     tags: Sequence[str] = ("clip", "long-clip", "image-text-retrieval")
     base_model: str | None = None
+    usage: str | None = None
 
 
 def model_card(card: ModelCard) -> str:
@@ -169,6 +171,8 @@ def _training(card: ModelCard) -> Iterator[str]:
 
 
 def _usage(card: ModelCard) -> str:
+    if card.usage is not None:
+        return f"## Use\n\n{card.usage.strip()}"
     # Quoted where a shell would split it; double quotes hold on every system's shell.
     weights = card.weights if re.fullmatch(r"[\w./-]+", card.weights) else f'"{card.weights}"'
     return "\n".join((

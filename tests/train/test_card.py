@@ -112,3 +112,8 @@ def test_the_card_is_written_whole(tmp_path: Path) -> None:
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == model_card(CARD)
     with pytest.raises(OutputError, match="cannot be written"):
         write_model_card(tmp_path / "absent" / "README.md", CARD)
+
+
+def test_a_card_may_tell_another_use() -> None:
+    told = model_card(replace(CARD, usage="It is a bundle."))
+    assert "## Use\n\nIt is a bundle.\n\n## Limits" in told and "longclip-rt export" not in told

@@ -39,11 +39,17 @@ def count_by_reading(path: Path) -> int:
     return sum(1 for _ in open_sources(str(path), None, Naming(val_rows=0)).training.in_order())
 
 
-@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
-@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+# ustar has no place for the long name.
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        (name, form)
+        for name in NAMES.values()
+        for form in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
+        if not (form == tarfile.USTAR_FORMAT and name == NAMES["long"])
+    ],
+)
 def test_counts_are_those_of_reading(tmp_path: Path, name: str, form: int) -> None:
-    if form == tarfile.USTAR_FORMAT and name == NAMES["long"]:
-        pytest.skip("ustar has no place for a name of this length")
     write_tar_of_form(tmp_path / "0.tar", name, form)
     assert rows_of_shards([tmp_path / "0.tar"], lambda name: True) == [ShardCount(7)]
     assert count_by_reading(tmp_path / "0.tar") == 7

@@ -123,7 +123,6 @@ def test_a_missing_tensorboard_is_said_once(tmp_path: Path, caplog: pytest.LogCa
 
 
 def test_tensorboard_shows_a_resumed_run_without_double_steps(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with RunLog(tmp_path) as log:
@@ -142,7 +141,6 @@ def test_tensorboard_shows_a_resumed_run_without_double_steps(tmp_path: Path) ->
 @pytest.mark.usefixtures("no_tensorboard")
 @pytest.mark.parametrize("prefixes", [("", ""), ("train/", "val/")])
 def test_curves_have_a_panel_for_what_was_recorded(tmp_path: Path, prefixes: tuple[str, str]) -> None:
-    pytest.importorskip("matplotlib")
     train, val = prefixes
     heights = []
     with RunLog(tmp_path) as log:
@@ -164,7 +162,8 @@ def test_curves_have_a_panel_for_what_was_recorded(tmp_path: Path, prefixes: tup
 
 @pytest.mark.usefixtures("no_tensorboard")
 def test_curves_show_the_values_and_leave_pyplot_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figure = pytest.importorskip("matplotlib.figure")
+    from matplotlib import figure
+
     drawn = []
     save = figure.Figure.savefig
     monkeypatch.setattr(figure.Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k))[1])
