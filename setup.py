@@ -16,6 +16,11 @@ EXPORT = [
     "onnxscript>=0.5",
 ]
 
+LINUX = "platform_system == 'Linux' and platform_machine == 'x86_64'"
+
+# What builds TensorRT-RTX engines, on any machine; ONNX, since the graphs are changed a little on the way.
+RTX = [f"tensorrt-rtx>=1.7; {LINUX}", "onnx>=1.18"]
+
 TRAIN = [
     *EXPORT,
     "matplotlib>=3.8",
@@ -58,12 +63,18 @@ setup(
     extras_require={
         "cpu": ["onnxruntime>=1.23"],
         "gpu": ["onnxruntime-gpu>=1.23"],
+        # The libraries themselves come from NVIDIA's own index.
+        "tensorrt": ["tensorrt>=10.12", "onnx>=1.18"],
+        "rtx": RTX,
         "export": EXPORT,
         "train": TRAIN,
         "plot": ["matplotlib>=3.8"],
         "dev": [
             *TRAIN,
+            *RTX,
             "onnxruntime>=1.23",
+            # TensorRT's Python bindings without TensorRT, which the builder's calls are checked against.
+            f"tensorrt_cu13_bindings==11.4.0.106; {LINUX}",
             "hypothesis>=6.100",
             "mypy>=1.15",
             "pytest>=8.0",

@@ -30,6 +30,10 @@ class BackendError(LongClipError):
     """A backend or precision that was asked for and cannot be had on this machine."""
 
 
+class EngineError(BackendError):
+    """A TensorRT engine that cannot be built, is damaged, or is not for this machine."""
+
+
 class InputError(LongClipError):
     """One input that cannot be embedded. Pipelines set it aside as a reject and go on."""
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import shutil
 import subprocess
+import sys
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -60,6 +63,49 @@ def gpus() -> list[str]:
     except (OSError, subprocess.SubprocessError):
         return []
     return [line.strip() for line in result.stdout.splitlines() if line.strip()]
+
+
+@dataclass(frozen=True)
+class CudaDevice:
+    """An NVIDIA card as CUDA sees it.
+
+    Attributes:
+        name: Such as `NVIDIA L4`.
+        arch: Compute capability times ten.
+        memory: Its memory in bytes.
+    """
+
+    name: str
+    arch: int
+    memory: int
+
+
+def cuda_devices() -> list[CudaDevice]:
+    """The cards that this process may use, in CUDA's own order; empty where there is none, or no driver.
+
+    It asks the driver rather than `nvidia-smi`, which knows neither that order nor CUDA_VISIBLE_DEVICES.
+    """
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return []
+    count = ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return []
+    devices = []
+    for number in range(count.value):
+        handle, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+        name, memory = ctypes.create_string_buffer(256), ctypes.c_size_t()
+        statuses = [
+            driver.cuDeviceGet(ctypes.byref(handle), number),
+            driver.cuDeviceGetName(name, len(name), handle),
+            driver.cuDeviceTotalMem_v2(ctypes.byref(memory), handle),
+            driver.cuDeviceGetAttribute(ctypes.byref(major), 75, handle),  # compute capability, major and minor
+            driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, handle),
+        ]
+        if not any(statuses):
+            devices.append(CudaDevice(name.value.decode(), 10 * major.value + minor.value, memory.value))
+    return devices
 
 
 def package_versions() -> dict[str, str | None]:

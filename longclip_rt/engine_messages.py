@@ -1,0 +1,58 @@
+"""What the messages of TensorRT and TensorRT-RTX mean, and what a user can do about them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+# The first that matches any message is taken, so what is said of the cause stands before what follows from it.
+_MEANINGS = (
+    (
+        r"plugin (?:creator )?not found|could not find plugin|no plugin creator|unable to find plugin|cannot find plugin",
+        "it asks for a plug-in that is not registered. Register the plug-in first, or export the bundle without it",
+    ),
+    (
+        r"within workspace limit|out ?of ?memory|memory_?alloc|could not be allocated|insufficient memory|"
+        r"cuda ?error 2\b|bad_alloc",
+        "there is too little memory. Free memory on the GPU (nvidia-smi shows who uses it), or build with a smaller last "
+        "number of --batches",
+    ),
+    (
+        r"version tag does not match|version_mismatch|not compatible with this version|expecting library version|"
+        r"incompatible with the version|incompatible with current version|with the version of this library",
+        "it was built by another version of the library. Build it again with: longclip-rt engine build",
+    ),
+    (
+        r"incompatible device|expecting compute|across different models of devices|unsupported_cc|"
+        r"different (?:gpu|compute capability)|got compute capability|no kernel image",
+        "it was built for another GPU. Build it on this machine with: longclip-rt engine build",
+    ),
+    (
+        r"magic ?tag|malformed|corrupt|checksum|serialization assertion|deserializ\w* failed|truncated|"
+        r"failed to parse the onnx model",
+        "the file is damaged. Copy it or build it again: longclip-rt engine build",
+    ),
+    (
+        r"driver version is insufficient|no cuda-capable device|cuda ?error (?:35|100)\b|cuda initialization failure|"
+        r"no_device|cuinit",
+        "there is no NVIDIA GPU with a driver new enough here. Check with: nvidia-smi",
+    ),
+)  # fmt: skip
+
+
+def meaning(messages: Iterable[str]) -> str:
+    """What errors of TensorRT amount to: a clause that begins in lower case and ends without a full stop.
+
+    Args:
+        messages: The errors that it logged, first to last.
+
+    Returns:
+        The cause and how to mend it, with TensorRT's own words where they are not understood.
+    """
+    found = list(messages)
+    for pattern, sentence in _MEANINGS:
+        if any(re.search(pattern, message, re.IGNORECASE) for message in found):
+            return sentence
+    if not found:
+        return "the library gave no reason"
+    return f"the library said: {' '.join(found[0].split()).rstrip('.')}"
