@@ -8,14 +8,14 @@ from collections.abc import Iterable
 # The first that matches any message is taken, so what is said of the cause stands before what follows from it.
 _MEANINGS = (
     (
-        r"plugin (?:creator )?not found|could not find plugin|no plugin creator|unable to find plugin|cannot find plugin",
+        r"plugin (?:creator )?not found|(?:could not|unable to|cannot) find plugin|no plugin creator",
         "it asks for a plug-in that is not registered. Register the plug-in first, or export the bundle without it",
     ),
     (
         r"within workspace limit|out ?of ?memory|memory_?alloc|could not be allocated|insufficient memory|"
         r"cuda ?error 2\b|bad_alloc",
-        "there is too little memory. Free memory on the GPU (nvidia-smi shows who uses it), or build with a smaller last "
-        "number of --batches",
+        "there is too little memory. Free memory on the GPU (nvidia-smi shows who uses it), or build with a smaller "
+        "last number of --batches",
     ),
     (
         r"version tag does not match|version_mismatch|not compatible with this version|expecting library version|"

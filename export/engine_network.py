@@ -1,0 +1,149 @@
+"""An exported graph as TensorRT's network: parsed, counted, and held to what a fast fp16 engine must be."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from longclip_rt.engine_messages import meaning
+from longclip_rt.errors import EngineError
+from longclip_rt.export.engine_progress import BuildLog
+from longclip_rt.extras import require
+
+# What may not compute in fp32; the patches of the image tower are a convolution.
+_PRODUCTS = frozenset({"MATRIX_MULTIPLY", "CONVOLUTION", "EINSUM"})
+WEIGHTED_PRODUCTS = 4
+"""Of a block: queries, keys and values in one; attention's output; two of the MLP."""
+
+
+@dataclass(frozen=True)
+class NetworkFacts:
+    """What a network is made of.
+
+    Attributes:
+        layers: Type and precision of the first output, such as `MATRIX_MULTIPLY HALF`, -> number of such layers.
+        attention: Fused attention layers; each is a pair of an input and an output layer.
+        fp32_products: Matrix products and convolutions in fp32.
+    """
+
+    layers: dict[str, int]
+    attention: int
+    fp32_products: int
+
+
+def tensorrt_graph(path: Path) -> tuple[bytes, int]:
+    """Reads a graph as TensorRT's parser takes it; the file stays as it is.
+
+    The parser refuses the attribute `softmax_precision` of `Attention`, with which the export asks ONNX Runtime and
+    OpenVINO for an fp32 softmax. It is taken out here. How TensorRT's fused attention rounds inside is said nowhere, so
+    the vectors must be judged on the GPU, by the parity gate.
+
+    Returns:
+        The serialised graph, and the number of nodes that were changed.
+
+    Raises:
+        EngineError: The file is no ONNX graph.
+        MissingExtraError: onnx is not installed.
+    """
+    onnx = require("onnx", "rtx")
+    try:
+        # Weights beside a graph are found by the parser, which is told where the graph was.
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception as error:  # protobuf's class of a damaged message is not public
+        raise EngineError(
+            f"{path} cannot be read as an ONNX graph ({error}). Export or copy the bundle again."
+        ) from error
+    changed = 0
+    for node in model.graph.node:
+        kept = [attribute for attribute in node.attribute if attribute.name != "softmax_precision"]
+        if node.op_type == "Attention" and len(kept) < len(node.attribute):
+            del node.attribute[:]
+            node.attribute.extend(kept)
+            changed += 1
+    return bytes(model.SerializeToString()), changed
+
+
+def network_from_graph(
+    library: Any, builder: Any, logger: Any, log: BuildLog, graph: bytes, path: Path
+) -> tuple[Any, Any]:
+    """Parses a graph into a strongly typed network.
+
+    Args:
+        library: `tensorrt` or `tensorrt_rtx`, imported.
+        builder: Its builder.
+        logger: What `logger_for` gave.
+        log: What that fills.
+        graph: What `tensorrt_graph` gave.
+        path: Where the graph's file is, for messages and for weights beside it.
+
+    Returns:
+        The network and its parser, which must live as long as the network: it owns the weights.
+
+    Raises:
+        EngineError: The parser refuses the graph; the message names the nodes.
+    """
+    flags = library.NetworkDefinitionCreationFlag
+    network = builder.create_network(1 << int(flags.STRONGLY_TYPED))
+    if network is None:
+        raise EngineError(f"{library.__name__} could not make a network: {log.reason()}.")
+    parser = library.OnnxParser(network, logger)
+    if not parser.parse(graph, str(path)):
+        raise EngineError(f"{library.__name__}'s parser refuses {path}: {_parser_errors(parser, log)}.")
+    return network, parser
+
+
+def _parser_errors(parser: Any, log: BuildLog) -> str:
+    """The parser's own errors, each with its node; what they mean first where that is known."""
+    told = []
+    for index in range(parser.num_errors):
+        error = parser.get_error(index)
+        name, operator = error.node_name(), error.node_operator()
+        node = f"node {name or error.node()} ({operator}): " if operator else ""
+        told.append(f"{node}{' '.join(error.desc().split()).rstrip('.')}")
+    if not told:
+        return log.reason()
+    more = f"; and {len(told) - 3} more like it" if len(told) > 3 else ""
+    understood = meaning(told)
+    hint = "" if understood.startswith("the library said") else f": {understood}"
+    return "; ".join(told[:3]) + more + hint
+
+
+def network_facts(library: Any, network: Any) -> NetworkFacts:
+    """Counts a network's layers."""
+    counts: Counter[str] = Counter()
+    kinds: Counter[str] = Counter()
+    fp32_products = 0
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        kind = layer.type.name
+        output = layer.get_output(0) if layer.num_outputs else None
+        precision = "-" if output is None else output.dtype.name
+        counts[f"{kind} {precision}"] += 1
+        kinds[kind] += 1
+        fp32_products += kind in _PRODUCTS and precision == "FLOAT"
+    pairs = min(kinds["ATTENTION_INPUT"], kinds["ATTENTION_OUTPUT"])
+    return NetworkFacts(dict(sorted(counts.items())), pairs, fp32_products)
+
+
+def gate(facts: NetworkFacts, blocks: int, kept_fp32: int, precision: str) -> list[str]:
+    """What is wrong with a network, in words; empty where it is as it should be.
+
+    Args:
+        facts: Of the network.
+        blocks: Transformer blocks of the tower.
+        kept_fp32: Of these, the ones that the export kept in fp32.
+        precision: `fp16` or `fp32`.
+    """
+    wrong = []
+    if facts.attention != blocks:
+        wrong.append(f"{facts.attention} of {blocks} attention blocks became a fused attention layer")
+    if softmax := sum(count for name, count in facts.layers.items() if name.startswith("SOFTMAX ")):
+        wrong.append(f"{softmax} softmax layers stand outside of fused attention")
+    allowed = WEIGHTED_PRODUCTS * kept_fp32
+    if precision == "fp16" and facts.fp32_products > allowed:
+        wrong.append(
+            f"{facts.fp32_products} matrix products compute in fp32, and {allowed} may, for {kept_fp32} blocks kept so"
+        )
+    return wrong

@@ -1,0 +1,126 @@
+"""What `export` and `engine build` share: options, the bar, and the summary."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from longclip_rt.bundle import Bundle
+    from longclip_rt.export.engine import Builders, BuiltEngine, EngineOptions
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# As in `longclip_rt.engines` and `longclip_rt.export.engine`; tests compare them.
+ENGINES = ("auto", "tensorrt", "tensorrt-rtx")
+TEXT_BUCKETS = (32, 77, 128, 248)
+BATCHES = (1, 32, 256)
+
+
+def _ascending(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    """Numbers with commas between them."""
+    try:
+        numbers = tuple(int(part) for part in value.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1 or sorted(set(numbers)) != list(numbers):
+        raise click.BadParameter(f"{value!r} should be ascending numbers with commas between them, such as 1,32,256")
+    return numbers
+
+
+def _archs(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[int, ...] | str:
+    """`sm89`, `sm_89`, `89` or `8.9`, several of them with commas or as several options; or `all`."""
+    parts = [part.strip() for value in values for part in value.split(",")]
+    if "all" in parts:
+        return "all"
+    found = []
+    for part in parts:
+        matched = re.fullmatch(r"(?:sm_?)?(\d{2,3})|(\d{1,2})\.(\d)", part)
+        if not matched:
+            raise click.BadParameter(f"{part!r} should be a compute capability such as sm89, or all")
+        found.append(int(matched[1] or matched[2] + matched[3]))
+    return tuple(dict.fromkeys(found))
+
+
+def builds_engines(command: Function) -> Function:
+    """Adds what shapes engines: `--arch`, `--text-buckets`, `--batches` and `--optimization-level`."""
+    options = (
+        click.option(
+            "--arch", "archs", multiple=True, callback=_archs, metavar="sm89",
+            help="A card's compute capability, or all; may be repeated. Default: the GPU that is here.",
+        ),
+        click.option(
+            "--text-buckets", default=",".join(map(str, TEXT_BUCKETS)), show_default=True, callback=_ascending,
+            metavar="LIST", help="Tokens that text batches are padded to; the model's context length is always one.",
+        ),
+        click.option(
+            "--batches", default=",".join(map(str, BATCHES)), show_default=True, callback=_ascending, metavar="LIST",
+            help="Last rows of each range of batch sizes that kernels are chosen for.",
+        ),
+        click.option(
+            "--optimization-level", type=click.IntRange(0, 5), metavar="N",
+            help="How long TensorRT searches for fast kernels, 0 to 5.  [default: TensorRT's own]",
+        ),
+    )  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def built_with_a_bar(
+    bundle: Bundle, builders: Builders, options: EngineOptions, missing: bool = False
+) -> list[BuiltEngine]:
+    """Builds with a bar on stderr, and prints the summary there."""
+    from tqdm import tqdm
+
+    from longclip_rt.export.engine import build_engines
+
+    if builders.passed_over:
+        click.echo(f"Building with {builders.backend}, since: {builders.passed_over}", err=True)
+    with tqdm(total=100, bar_format="{l_bar}{bar:20}| [{elapsed}] {desc}") as bar:
+
+        def report(stage: str, done: float) -> None:
+            bar.set_description_str(stage, refresh=False)
+            bar.update(max(0.0, 100 * done - bar.n))
+
+        results = build_engines(bundle, builders, options, missing, report)
+        bar.update(100 - bar.n)
+        bar.set_description_str("done")
+    for result in results:
+        click.echo("\n".join(summary(result)), err=True)
+    return results
+
+
+def summary(result: BuiltEngine) -> list[str]:
+    """What was built: attention, precision, size, time, memory per profile, and layers by type and precision."""
+    engine = result.engine
+    if not result.built:
+        return [f"{engine.path.name}: kept, it was there already"]
+    lines = [f"{engine.path.name}: {engine.key.library} {engine.key.version}"]
+    for tower, facts in engine.towers.items():
+        kept = f" ({facts['kept_fp32']} blocks kept in it)" if facts["kept_fp32"] else ""
+        lines.append(
+            f"  {tower}: {facts['attention']} of {facts['blocks']} attention blocks fused, {facts['fp32_products']} matrix "
+            f"products in fp32{kept}; plan {_mib(facts['plan_bytes'])} MiB, weights {_mib(facts['weights'])} MiB, "
+            f"{facts['seconds']} s"
+        )
+        if facts["changed_nodes"]:
+            lines.append(
+                f"    softmax_precision was taken out of {facts['changed_nodes']} Attention nodes, in memory: the parser "
+                "refuses it"
+            )
+        lines.append("    profile  tokens       rows  workspace MiB")
+        for profile in facts["profiles"]:
+            rows = f"{profile['least']}-{profile['most']}"
+            tokens = "-" if profile["length"] is None else profile["length"]
+            lines.append(f"    {profile['index']:>7}  {tokens:>6}  {rows:>9}  {_mib(profile['memory']):>13}")
+        layers = ", ".join(f"{name} {count}" for name, count in facts["layers"].items())
+        lines.append(f"    layers: {layers}")
+    return lines
+
+
+def _mib(size: int | None) -> str:
+    return "?" if size is None else f"{size / 2**20:,.1f}"
