@@ -15,7 +15,7 @@ _MEANINGS = (
         r"within workspace limit|out ?of ?memory|memory_?alloc|could not be allocated|insufficient memory|"
         r"cuda ?error 2\b|bad_alloc",
         "there is too little memory. Free memory on the GPU (nvidia-smi shows who uses it), or build with a smaller "
-        "last number of --batches",
+        "last number of --batches, or a larger --workspace where one was given",
     ),
     (
         r"version tag does not match|version_mismatch|not compatible with this version|expecting library version|"

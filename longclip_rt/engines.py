@@ -256,7 +256,7 @@ def find_engine(bundle: Bundle, target: Target, precision: str) -> Engine:
 
 
 def why_not_here(engine: Engine, bundle: Bundle) -> str:
-    """Why this machine cannot run one of a bundle's engines, in words; empty where it can. The plan is read, not loaded."""
+    """Why this machine cannot run one of a bundle's engines, in words; empty where it can. Reads the plans."""
     devices = cuda_devices()
     if not devices:
         return "there is no NVIDIA GPU with a driver here"

@@ -103,23 +103,34 @@ def summary(result: BuiltEngine) -> list[str]:
     for tower, facts in engine.towers.items():
         kept = f" ({facts['kept_fp32']} blocks kept in it)" if facts["kept_fp32"] else ""
         lines.append(
-            f"  {tower}: {facts['attention']} of {facts['blocks']} attention blocks fused, {facts['fp32_products']} matrix "
-            f"products in fp32{kept}; plan {_mib(facts['plan_bytes'])} MiB, weights {_mib(facts['weights'])} MiB, "
-            f"{facts['seconds']} s"
+            f"  {tower}: {facts['attention']} of {facts['blocks']} attention blocks fused, {facts['fp32_products']} "
+            f"matrix products in fp32{kept}; plan {_mib(facts['plan_bytes'])} MiB, "
+            f"weights {_mib(facts['weights'])} MiB, {facts['seconds']} s"
         )
         if facts["changed_nodes"]:
             lines.append(
-                f"    softmax_precision was taken out of {facts['changed_nodes']} Attention nodes, in memory: the parser "
-                "refuses it"
+                f"    softmax_precision was taken out of {facts['changed_nodes']} Attention nodes, in memory only: "
+                "TensorRT's parser refuses it"
             )
         lines.append("    profile  tokens       rows  workspace MiB")
         for profile in facts["profiles"]:
             rows = f"{profile['least']}-{profile['most']}"
             tokens = "-" if profile["length"] is None else profile["length"]
             lines.append(f"    {profile['index']:>7}  {tokens:>6}  {rows:>9}  {_mib(profile['memory']):>13}")
-        layers = ", ".join(f"{name} {count}" for name, count in facts["layers"].items())
-        lines.append(f"    layers: {layers}")
+        lines += _layers(facts["layers"])
     return lines
+
+
+def _layers(counts: dict[str, int]) -> list[str]:
+    """A line for each precision, the types with most layers first."""
+    by_precision: dict[str, list[tuple[int, str]]] = {}
+    for name, count in counts.items():
+        kind, _, precision = name.partition(" ")
+        by_precision.setdefault(precision, []).append((-count, kind))
+    return [
+        f"    layers in {precision}: {', '.join(f'{kind} {-count}' for count, kind in sorted(kinds))}"
+        for precision, kinds in sorted(by_precision.items())
+    ]
 
 
 def _mib(size: int | None) -> str:

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from longclip_rt.commands.engine_options import ENGINES, builds_engines, built_with_a_bar
 from longclip_rt.commands.options import PCA_MODES
 
 if TYPE_CHECKING:
+    from longclip_rt.export.engine import Builders
     from longclip_rt.export.exporter import ParityReport
     from longclip_rt.export.verify import Check
 
@@ -42,6 +44,14 @@ DEFAULT_WEIGHTS = "BeichenZhang/LongCLIP-B"
     help="Add the outputs text_pca and image_pca: the embeddings reduced with a PCA that `longclip-rt pca fit` wrote.",
 )
 @click.option("--pca-mode", type=click.Choice(PCA_MODES), default="project", show_default=True, help="What they are.")
+@click.option(
+    "--engine",
+    type=click.Choice([*ENGINES, "none"]),
+    default="auto",
+    show_default=True,
+    help="Build TensorRT engines from the fp16 graphs; auto does so where a library and a GPU are there.",
+)
+@builds_engines
 def export(
     weights: str,
     out: Path | None,
@@ -50,11 +60,19 @@ def export(
     activation: Literal["quick_gelu", "gelu"] | None,
     pca: Path | None,
     pca_mode: str,
+    engine: str,
+    archs: tuple[int, ...] | str,
+    text_buckets: tuple[int, ...],
+    batches: tuple[int, ...],
+    optimization_level: int | None,
 ) -> None:
     """Export weights to a bundle: ONNX graphs of both encoders, the tokenizer, and a parity report.
 
     The files are run on real captions and photographs and compared with the torch model. If one check fails, the table
     of failures is printed, the exit status is 1, and no bundle is written. The bundle's path is printed on stdout.
+
+    With --fp16, TensorRT engines are built too where that can be done; `longclip-rt engine build` does it later, or on
+    another machine.
 
     \b
     Examples:
@@ -62,6 +80,7 @@ def export(
       longclip-rt export --fp16 --weights longclip-B.pt --out longclip-b
       longclip-rt export --weights open_clip:ViT-L-14/openai --output text:hidden_states.-2
       longclip-rt export --weights longclip-B.pt --fp16 --pca pca.safetensors
+      longclip-rt export --fp16 --engine tensorrt-rtx --arch sm89 --text-buckets 77,248
       longclip-rt export --weights random:ViT-B-16        # untrained, to try things out
     """
     from longclip_rt.extras import require
@@ -69,8 +88,10 @@ def export(
     require("torch", "export")
     from tqdm import tqdm
 
+    from longclip_rt.errors import EngineError
     from longclip_rt.export.exporter import ExportOptions, ParityError, export_bundle, stages
 
+    builders, why_none = _builders(engine, archs, fp16)
     options = ExportOptions(weights, out, fp16, outputs, activation, pca, pca_mode)
     with tqdm(total=stages(options), bar_format="{l_bar}{bar:20}| {n}/{total} [{elapsed}] {desc}") as bar:
         started = False
@@ -90,7 +111,38 @@ def export(
         bar.update()
         bar.set_description_str("done")
     click.echo(_table(report), err=True)
+    later = f"longclip-rt engine build {bundle.path}"
+    if builders is not None:
+        from longclip_rt.export.engine import EngineOptions
+
+        options_of_engine = EngineOptions("fp16", text_buckets, batches, optimization_level)
+        try:
+            built_with_a_bar(bundle, builders, options_of_engine)
+        except EngineError as error:
+            raise EngineError(
+                f"{error} The bundle {bundle.path} is whole, without that engine; try again: {later}"
+            ) from error
+    elif why_none:
+        click.echo(f"No engine was built. {why_none} Build one later, on the machine with the GPU: {later}", err=True)
     click.echo(str(bundle.path))
+
+
+def _builders(engine: str, archs: tuple[int, ...] | str, fp16: bool) -> tuple[Builders | None, str]:
+    """What builds the engines, found out before minutes of work; or None and why, where it is asked for."""
+    from longclip_rt.errors import EngineError, ExportError
+
+    if engine == "none" or (engine == "auto" and not archs and not fp16):
+        return None, ""
+    if not fp16:
+        raise ExportError("Engines are built from the fp16 graphs. Add --fp16, or leave --engine and --arch out.")
+    from longclip_rt.export.engine import choose_builders
+
+    try:
+        return choose_builders(engine, archs), ""
+    except EngineError as error:
+        if engine != "auto":
+            raise
+        return None, str(error).removeprefix("No engine can be built. ")
 
 
 def _table(report: ParityReport) -> str:
