@@ -33,15 +33,31 @@ class NetworkFacts:
     fp32_products: int
 
 
-def tensorrt_graph(path: Path) -> tuple[bytes, int]:
-    """Reads a graph as TensorRT's parser takes it; the file stays as it is.
+@dataclass(frozen=True)
+class TensorrtGraph:
+    """A graph as TensorRT's parser takes it.
+
+    Attributes:
+        content: It, serialised.
+        changed: `Attention` nodes whose `softmax_precision` was taken out.
+        decomposable: `Attention` nodes in fp32, which may be taken apart.
+    """
+
+    content: bytes
+    changed: int
+    decomposable: int
+
+
+def tensorrt_graph(path: Path) -> TensorrtGraph:
+    """Reads a graph and makes two changes that TensorRT needs; the file stays as it is.
 
     The parser refuses the attribute `softmax_precision` of `Attention`, with which the export asks ONNX Runtime and
-    OpenVINO for an fp32 softmax. It is taken out here. How TensorRT's fused attention rounds inside is said nowhere, so
-    the vectors must be judged on the GPU, by the parity gate.
+    OpenVINO for an fp32 softmax. It is taken out. How TensorRT's fused attention rounds inside is said nowhere, so the
+    vectors must be judged on the GPU, by the parity gate.
 
-    Returns:
-        The serialised graph, and the number of nodes that were changed.
+    There are fused kernels for fp16 alone, and an attention without one fails to build (seen with TensorRT-RTX 1.7).
+    Those in fp32 are therefore marked as ones that may be taken apart, with an attribute that only TensorRT's parser
+    knows. Those in fp16 are not: if one cannot be fused, the build fails rather than give a slow engine.
 
     Raises:
         EngineError: The file is no ONNX graph.
@@ -52,17 +68,20 @@ def tensorrt_graph(path: Path) -> tuple[bytes, int]:
         # Weights beside a graph are found by the parser, which is told where the graph was.
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's class of a damaged message is not public
-        raise EngineError(
-            f"{path} cannot be read as an ONNX graph ({error}). Export or copy the bundle again."
-        ) from error
-    changed = 0
+        raise EngineError(f"{path} cannot be read as an ONNX graph ({error}). Export or copy it again.") from error
+    kinds = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
+    changed = decomposable = 0
     for node in model.graph.node:
+        if node.op_type != "Attention":
+            continue
         kept = [attribute for attribute in node.attribute if attribute.name != "softmax_precision"]
-        if node.op_type == "Attention" and len(kept) < len(node.attribute):
-            del node.attribute[:]
-            node.attribute.extend(kept)
-            changed += 1
-    return bytes(model.SerializeToString()), changed
+        changed += len(kept) < len(node.attribute)
+        del node.attribute[:]
+        node.attribute.extend(kept)
+        if kinds.get(node.input[0]) == onnx.TensorProto.FLOAT:
+            node.attribute.append(onnx.helper.make_attribute("TRT_decomposable", 1))
+            decomposable += 1
+    return TensorrtGraph(bytes(model.SerializeToString()), changed, decomposable)
 
 
 def network_from_graph(
@@ -75,7 +94,7 @@ def network_from_graph(
         builder: Its builder.
         logger: What `logger_for` gave.
         log: What that fills.
-        graph: What `tensorrt_graph` gave.
+        graph: The content of what `tensorrt_graph` gave.
         path: Where the graph's file is, for messages and for weights beside it.
 
     Returns:
@@ -88,7 +107,10 @@ def network_from_graph(
     network = builder.create_network(1 << int(flags.STRONGLY_TYPED))
     if network is None:
         raise EngineError(f"{library.__name__} could not make a network: {log.reason()}.")
-    parser = library.OnnxParser(network, logger)
+    try:
+        parser = library.OnnxParser(network, logger)
+    except (TypeError, RuntimeError) as error:  # the bindings' way of passing on a null pointer
+        raise EngineError(f"{library.__name__} could not make a parser: {log.reason()}.") from error
     if not parser.parse(graph, str(path)):
         raise EngineError(f"{library.__name__}'s parser refuses {path}: {_parser_errors(parser, log)}.")
     return network, parser

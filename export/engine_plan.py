@@ -59,6 +59,7 @@ class PlanFacts:
         blocks: Transformer blocks of the tower.
         kept_fp32: Of these, the ones that the export kept in fp32.
         changed_nodes: `Attention` nodes whose `softmax_precision` was taken out for the parser.
+        decomposable: `Attention` nodes in fp32, for which TensorRT may have no fused kernel.
         profiles: In the plan's order.
         memory: Bytes that each profile computes in; None where neither the log nor a GPU told.
         weights: Bytes of the weights on the device, likewise.
@@ -70,6 +71,7 @@ class PlanFacts:
     blocks: int
     kept_fp32: int
     changed_nodes: int
+    decomposable: int
     profiles: tuple[Profile, ...]
     memory: tuple[int | None, ...]
     weights: int | None
@@ -93,6 +95,7 @@ class PlanFacts:
             "fp32_products": self.network.fp32_products,
             "kept_fp32": self.kept_fp32,
             "changed_nodes": self.changed_nodes,
+            "decomposable": self.decomposable,
         }  # fmt: skip
 
 
@@ -122,8 +125,9 @@ def build_plan(request: PlanRequest, target: Path, timing_cache: bytes, report: 
     except (TypeError, RuntimeError) as error:  # the bindings' way of passing on a null pointer
         raise EngineError(f"{library.__name__} does not start: {log.reason()}.") from error
     path = bundle.onnx(request.tower, request.precision)
-    graph, changed = tensorrt_graph(path)
-    network, parser = network_from_graph(library, builder, logger, log, graph, path)
+    graph = tensorrt_graph(path)
+    network, parser = network_from_graph(library, builder, logger, log, graph.content, path)
+    changed, decomposable = graph.changed, graph.decomposable
     del graph
     facts = network_facts(library, network)
     blocks, kept = _blocks(bundle, request.tower)
@@ -157,7 +161,7 @@ def build_plan(request: PlanRequest, target: Path, timing_cache: bytes, report: 
     size = target.stat().st_size
     seconds = time.perf_counter() - started
     return (
-        PlanFacts(facts, blocks, kept, changed, request.profiles, memory, log.weights, size, seconds),
+        PlanFacts(facts, blocks, kept, changed, decomposable, request.profiles, memory, log.weights, size, seconds),
         kept_cache,
     )
 

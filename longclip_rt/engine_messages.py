@@ -18,6 +18,10 @@ _MEANINGS = (
         "last number of --batches, or a larger --workspace where one was given",
     ),
     (
+        r"not supported by a dedicated kernel",
+        "there is no fused attention for this model's head width or precision on this GPU. Use another backend there",
+    ),
+    (
         r"version tag does not match|version_mismatch|not compatible with this version|expecting library version|"
         r"incompatible with the version|incompatible with current version|with the version of this library",
         "it was built by another version of the library. Build it again with: longclip-rt engine build",

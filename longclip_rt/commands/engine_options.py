@@ -112,6 +112,11 @@ def summary(result: BuiltEngine) -> list[str]:
                 f"    softmax_precision was taken out of {facts['changed_nodes']} Attention nodes, in memory only: "
                 "TensorRT's parser refuses it"
             )
+        if facts["decomposable"]:
+            lines.append(
+                f"    {facts['decomposable']} attention blocks are in fp32, where TensorRT may have no fused kernel; "
+                "they may be taken apart"
+            )
         lines.append("    profile  tokens       rows  workspace MiB")
         for profile in facts["profiles"]:
             rows = f"{profile['least']}-{profile['most']}"
