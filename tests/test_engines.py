@@ -4,7 +4,9 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,10 +18,14 @@ from longclip_rt.engines import (
     Target,
     engines_of,
     find_engine,
+    graph_hashes,
+    import_library,
     plan_name,
+    why_not_here,
     write_engine_manifest,
 )
-from longclip_rt.errors import BackendError
+from longclip_rt.errors import BackendError, EngineError
+from longclip_rt.machine import CudaDevice
 
 TARGET = Target("tensorrt", "11.4.0.106", "NVIDIA L4", 89)
 
@@ -101,3 +107,93 @@ def test_no_engine_at_all(bundle: Bundle) -> None:
     with pytest.raises(BackendError, match=r"no tensorrt engine in fp32 for NVIDIA L4 \(sm_89, version 11.*\)\. B"):
         find_engine(bundle, TARGET, "fp32")
     assert json.loads((put(bundle, key_for(bundle)) / MANIFEST).read_text())["seconds"] == 4.0
+
+
+def facts(memory: int | None = 1000, weights: int | None = 500) -> dict[str, object]:
+    profiles = [
+        {"index": 0, "length": 32, "least": 1, "most": 8, "memory": 10},
+        {"index": 1, "length": 248, "least": 1, "most": 8, "memory": memory},
+    ]
+    return {"towers": {"text": {"profiles": profiles, "weights": weights}, "image": {"profiles": [], "weights": 1}}}
+
+
+def test_what_the_builder_noted_is_read_back(bundle: Bundle) -> None:
+    folder = put(bundle, key_for(bundle))
+    noted = facts()
+    noted["towers"]["image"] = noted["towers"]["text"]  # type: ignore[index]
+    write_engine_manifest(folder, key_for(bundle), noted)
+    engine = find_engine(bundle, TARGET, "fp16")
+    assert [(one.index, one.length, one.least, one.most) for one in engine.profiles("text")] == [
+        (0, 32, 1, 8),
+        (1, 248, 1, 8),
+    ]
+    assert engine.device_bytes == 2 * (1000 + 500) and engine.damage() == ""
+    (folder / "image.plan").write_bytes(b"image plam")
+    assert "image.plan is damaged" in engine.damage()
+
+
+@pytest.mark.parametrize(("memory", "weights"), [(None, 500), (1000, None)])
+def test_memory_that_was_not_learnt_is_not_guessed(bundle: Bundle, memory: int | None, weights: int | None) -> None:
+    write_engine_manifest(put(bundle, key_for(bundle)), key_for(bundle), facts(memory, weights))
+    engine = find_engine(bundle, dataclasses.replace(TARGET, memory=1), "fp16")
+    assert engine.device_bytes is None
+
+
+def test_too_little_memory_passes_an_engine_over(bundle: Bundle) -> None:
+    noted = facts(memory=3 << 30)
+    noted["towers"].pop("image")  # type: ignore[attr-defined]
+    write_engine_manifest(put(bundle, key_for(bundle)), key_for(bundle), noted)
+    assert find_engine(bundle, dataclasses.replace(TARGET, memory=4 << 30), "fp16")
+    with pytest.raises(EngineError, match=r"it needs 3,072 MiB of GPU memory, and this GPU has 2,048 MiB"):
+        find_engine(bundle, dataclasses.replace(TARGET, memory=2 << 30), "fp16")
+
+
+def test_weights_beside_a_graph_are_part_of_the_key(bundle: Bundle) -> None:
+    """Above 2 GB a graph's file holds no weights, and would be the same for others."""
+    key = key_for(bundle)
+    assert graph_hashes(bundle, "fp16") == key.onnx
+    files = {**bundle.manifest["files"], "text.fp16.onnx.data": {"sha256": "1", "size": 1}}
+    larger = dataclasses.replace(bundle, manifest={**bundle.manifest, "files": files})
+    hashes = graph_hashes(larger, "fp16")
+    assert hashes["image"] == key.onnx["image"] and hashes["text"] != key.onnx["text"]
+    assert key.mismatch(larger, TARGET, "fp16") == "it was built from another text.fp16.onnx"
+
+
+@pytest.mark.parametrize(
+    ("module", "wanted"),
+    [
+        (None, r"tensorrt_rtx cannot be imported \(.*\)\. Install it with: pip install tensorrt-rtx"),
+        (SimpleNamespace(__version__="1.7"), "tensorrt_rtx is there and is empty"),
+        (SimpleNamespace(__version__="0.9.1", Builder=1), "tensorrt_rtx 0.9.1 is too old; 1.0 or newer is needed"),
+    ],
+)
+def test_a_library_that_cannot_be_used_says_why(module: object, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", module)
+    with pytest.raises(EngineError, match=wanted):
+        import_library("tensorrt-rtx")
+
+
+def test_a_missing_library_of_the_library_is_a_sentence_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "tensorrt.py").write_text("raise OSError('libnvinfer.so.11: cannot open shared object file')\n")
+    with pytest.raises(EngineError, match=r"libnvinfer\.so\.11: cannot open.*pip install tensorrt$"):
+        import_library("tensorrt")
+
+
+def test_this_machine_is_asked_before_an_engine_is_called_usable(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = put(bundle, key_for(bundle))
+    engine = find_engine(bundle, TARGET, "fp16")
+    cards = [CudaDevice("NVIDIA A10", 86, 24 << 30), CudaDevice("NVIDIA L4", 89, 24 << 30)]
+    monkeypatch.setattr("longclip_rt.engines.cuda_devices", lambda: cards)
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    assert "cannot be imported" in why_not_here(engine, bundle)
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="11.4.0.106", Builder=1))
+    assert why_not_here(engine, bundle) == ""
+    cards.pop()
+    assert why_not_here(engine, bundle) == "it was built for sm_89, and this GPU is sm_86"
+    cards[:] = [CudaDevice("NVIDIA L4", 89, 24 << 30)]
+    (folder / "text.plan").write_bytes(b"")
+    assert "text.plan is damaged" in why_not_here(engine, bundle)
