@@ -1,0 +1,110 @@
+"""`export --engine`: what is decided before and said after an export."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from longclip_rt.bundle import BUILT_IN, Bundle, load_bundle
+from longclip_rt.cli import longclip_rt
+from longclip_rt.commands import engine_options
+from longclip_rt.engines import LIBRARIES, engines_of
+from longclip_rt.errors import EngineError, ExportError
+from longclip_rt.export.engine import EVERY, EngineOptions
+from longclip_rt.export.exporter import ParityReport
+
+MODEL = BUILT_IN
+SMALL = ("--text-buckets", "32", "--batches", "8")
+
+
+@pytest.fixture
+def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
+    """What the export gives, which takes no time: the built-in model. No TensorRT and no GPU is here."""
+    from longclip_rt.export.precision import BlockActivation
+
+    bundle = load_bundle(shutil.copytree(MODEL, tmp_path / "bundle"))
+    activations = tuple(BlockActivation(tower, 0, 1.0, "input") for tower in ("text", "image"))
+    given = (bundle, ParityReport((), activations, 1, 1))
+    monkeypatch.setattr("longclip_rt.export.exporter.export_bundle", lambda options, progress: given)
+    monkeypatch.setattr("longclip_rt.export.engine.cuda_devices", lambda: [])
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    return bundle
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(longclip_rt, ["export", "--weights", "random:ViT-B-16", *arguments])
+
+
+def test_the_options_offer_what_the_builder_takes() -> None:
+    assert ("auto", *LIBRARIES) == engine_options.ENGINES
+    options = EngineOptions()
+    assert (options.text_buckets, options.batches) == (engine_options.TEXT_BUCKETS, engine_options.BATCHES)
+    assert EVERY == "all"
+
+
+def test_auto_says_that_none_was_built_and_why(exported: Bundle) -> None:
+    result = run("--fp16")
+    assert result.exit_code == 0 and result.stdout == f"{exported.path}\n"
+    assert "No engine was built. tensorrt: The Python package tensorrt cannot be imported" in result.stderr
+    assert "tensorrt-rtx: " in result.stderr and f"longclip-rt engine build {exported.path}" in result.stderr
+    assert not engines_of(exported)[0]
+
+
+@pytest.mark.parametrize("arguments", [("--fp16", "--engine", "none"), ()])
+def test_nothing_is_said_where_nothing_was_asked(exported: Bundle, arguments: tuple[str, ...]) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 0 and result.stdout == f"{exported.path}\n" and "engine" not in result.stderr
+
+
+def test_what_was_asked_for_by_name_and_cannot_be_had_ends_before_the_export(
+    exported: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(options: object, progress: object) -> None:
+        raise AssertionError("exported")
+
+    monkeypatch.setattr("longclip_rt.export.exporter.export_bundle", never)
+    result = run("--fp16", "--engine", "tensorrt")
+    assert isinstance(result.exception, EngineError) and "pip install tensorrt" in str(result.exception)
+    for arguments in (("--engine", "tensorrt-rtx"), ("--arch", "sm89")):
+        result = run(*arguments)
+        assert isinstance(result.exception, ExportError) and "Add --fp16" in str(result.exception)
+
+
+def test_auto_goes_on_with_rtx_and_says_why(exported: Bundle) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    result = run("--fp16", "--arch", "sm89", *SMALL)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == f"{exported.path}\n"
+    assert "Building with tensorrt-rtx, since: tensorrt: The Python package tensorrt cannot" in result.stderr
+    (engine,) = engines_of(exported)[0]
+    assert engine.key.archs == (89,) and "4 of 4 attention blocks fused" in result.stderr
+
+
+def test_a_build_that_fails_leaves_the_bundle(exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx")
+
+    def fail(*arguments: object) -> None:
+        raise EngineError("No.")
+
+    monkeypatch.setattr("longclip_rt.export.engine.build_plan", fail)
+    result = run("--fp16", "--engine", "tensorrt-rtx", "--arch", "8.9", *SMALL)
+    assert isinstance(result.exception, EngineError)
+    assert f"No. The bundle {exported.path} is whole, without that engine; try again: " in str(result.exception)
+    assert load_bundle(exported.path) and not list((exported.path / "engines").iterdir())
+
+
+def test_a_model_that_was_just_exported_gets_its_engine(tiny_weights: Path, tmp_path: Path) -> None:
+    """The whole way, from weights."""
+    pytest.importorskip("tensorrt_rtx")
+    out = tmp_path / "bundle"
+    arguments = ["--fp16", "--out", str(out), "--engine", "tensorrt-rtx", "--arch", "sm120", *SMALL]
+    result = CliRunner().invoke(longclip_rt, ["export", "--weights", str(tiny_weights), *arguments])
+    assert result.exit_code == 0, result.stderr
+    (engine,) = engines_of(load_bundle(out))[0]
+    assert engine.key.archs == (120,) and engine.damage() == ""
+    assert [profile.length for profile in engine.profiles("text")] == [32, 248]
