@@ -69,6 +69,7 @@ bench: .venv/.dev-installed $(LARGE)/bundle.json
 	$(BIN)/python benchmarks/encoders.py --bundle $(LARGE)
 	$(BIN)/python benchmarks/end_to_end.py --bundle $(LARGE)
 	$(BIN)/python benchmarks/memory.py --bundle $(LARGE)
+	$(BIN)/python benchmarks/engines.py --bundle $(LARGE)
 
 clean:
 	rm -rf $(DEMO) kernels-compiled build dist *.egg-info

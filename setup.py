@@ -63,8 +63,8 @@ setup(
     extras_require={
         "cpu": ["onnxruntime>=1.23"],
         "gpu": ["onnxruntime-gpu>=1.23"],
-        # The libraries themselves come from NVIDIA's own index.
-        "tensorrt": ["tensorrt>=10.12", "onnx>=1.18"],
+        # 10.14: the first with attention layers. The libraries themselves come from NVIDIA's own index.
+        "tensorrt": ["tensorrt>=10.14", "onnx>=1.18"],
         "rtx": RTX,
         "export": EXPORT,
         "train": TRAIN,

@@ -28,7 +28,8 @@ TIMING_CACHE = "timing.cache"
 LIBRARIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """Backend -> the Python package that builds and runs its engines."""
 
-_OLDEST = {"tensorrt": (10, 12), "tensorrt-rtx": (1, 0)}
+# TensorRT 10.14 is the first with attention layers in its bindings; of TensorRT-RTX none older was tried than 1.7.
+_OLDEST = {"tensorrt": (10, 14), "tensorrt-rtx": (1, 7)}
 
 
 def import_library(backend: str) -> Any:

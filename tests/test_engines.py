@@ -164,7 +164,7 @@ def test_weights_beside_a_graph_are_part_of_the_key(bundle: Bundle) -> None:
     [
         (None, r"tensorrt_rtx cannot be imported \(.*\)\. Install it with: pip install tensorrt-rtx"),
         (SimpleNamespace(__version__="1.7"), "tensorrt_rtx is there and is empty"),
-        (SimpleNamespace(__version__="0.9.1", Builder=1), "tensorrt_rtx 0.9.1 is too old; 1.0 or newer is needed"),
+        (SimpleNamespace(__version__="0.9.1", Builder=1), "tensorrt_rtx 0.9.1 is too old; 1.7 or newer is needed"),
     ],
 )
 def test_a_library_that_cannot_be_used_says_why(module: object, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:

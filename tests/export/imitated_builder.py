@@ -60,7 +60,7 @@ class World:
             return isinstance(value, int) or hasattr(value, "__members__")
         if text in ("bool", "str"):
             return isinstance(value, {"bool": bool, "str": str}[text])
-        if text.endswith("Buffer"):
+        if text.lower().endswith("buffer"):
             return isinstance(value, bytes)
         if text.endswith(".Dims"):
             return isinstance(value, tuple) and all(isinstance(size, int) for size in value)
