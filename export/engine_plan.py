@@ -15,7 +15,7 @@ from longclip_rt.backends.profiles import Profile
 from longclip_rt.bundle import Bundle
 from longclip_rt.errors import EngineError
 from longclip_rt.export.engine_network import NetworkFacts, gate, network_facts, network_from_graph, tensorrt_graph
-from longclip_rt.export.engine_progress import BuildLog, Report, logger_for, monitor_for
+from longclip_rt.export.engine_progress import BuildLog, Interruption, Report, logger_for, monitor_for
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,14 @@ def build_plan(request: PlanRequest, target: Path, timing_cache: bytes, report: 
         MissingExtraError: onnx is not installed.
         OSError: The plan cannot be written.
     """
+    interruption = Interruption()
+    with interruption.keeping_ctrl_c():
+        return _build_plan(request, target, timing_cache, report, interruption)
+
+
+def _build_plan(
+    request: PlanRequest, target: Path, timing_cache: bytes, report: Report, interruption: Interruption
+) -> tuple[PlanFacts, bytes]:
     started = time.perf_counter()
     library, bundle, log = request.library, request.bundle, BuildLog()
     logger = logger_for(library, log)
@@ -127,6 +135,7 @@ def build_plan(request: PlanRequest, target: Path, timing_cache: bytes, report: 
     path = bundle.onnx(request.tower, request.precision)
     graph = tensorrt_graph(path)
     network, parser = network_from_graph(library, builder, logger, log, graph.content, path)
+    interruption.raise_it()
     changed, decomposable = graph.changed, graph.decomposable
     del graph
     facts = network_facts(library, network)
@@ -148,7 +157,7 @@ def build_plan(request: PlanRequest, target: Path, timing_cache: bytes, report: 
     cache = _set_timing_cache(config, timing_cache, what, log)
     for profile in request.profiles:
         _add_profile(builder, config, request, profile, log)
-    config.progress_monitor, interruption = monitor_for(library, report)
+    config.progress_monitor = monitor_for(library, report, interruption)
     plan = builder.build_serialized_network(network, config)
     interruption.raise_it()
     if plan is None:

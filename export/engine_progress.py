@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,21 +117,42 @@ class Interruption:
     def __init__(self) -> None:
         self.error: BaseException | None = None
 
+    @contextlib.contextmanager
+    def keeping_ctrl_c(self) -> Iterator[None]:
+        """Keeps a Ctrl-C of the block, and raises it at the end.
+
+        One that comes while the library works is noticed where it next calls Python, such as for its log. An exception
+        that is raised there is swallowed by the bindings (seen with TensorRT-RTX 1.7): the build would go on.
+        """
+        handler = signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is not threading.main_thread() or not callable(handler):
+            yield  # it goes elsewhere, or is ignored
+            return
+        signal.signal(signal.SIGINT, lambda number, frame: self._keep(KeyboardInterrupt()))
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        self.raise_it()
+
+    def _keep(self, error: BaseException) -> None:
+        self.error = self.error or error
+
     def raise_it(self) -> None:
         """Raises what was kept, if anything was."""
         if self.error is not None:
             raise self.error
 
 
-def monitor_for(library: Any, report: Report) -> tuple[Any, Interruption]:
-    """An `IProgressMonitor` that reports, and that cancels the build once reporting raised, as Ctrl-C makes it do."""
-    fraction, interruption = Fraction(), Interruption()
+def monitor_for(library: Any, report: Report, interruption: Interruption) -> Any:
+    """An `IProgressMonitor` that reports, and that cancels the build after Ctrl-C or where reporting raised."""
+    fraction = Fraction()
 
     def told(phase: str) -> None:
         if interruption.error is None:
             try:
                 report(phase, fraction.value)
-            except BaseException as error:  # Ctrl-C too: it arrives in whatever Python code runs
+            except BaseException as error:
                 interruption.error = error
 
     class Monitor(library.IProgressMonitor):  # type: ignore[misc]
@@ -152,4 +176,4 @@ def monitor_for(library: Any, report: Report) -> tuple[Any, Interruption]:
             """A phase is over."""
             fraction.finish(phase_name)
 
-    return Monitor(), interruption
+    return Monitor()

@@ -151,6 +151,26 @@ def test_ctrl_c_stops_a_build_and_leaves_nothing(bundle: Bundle) -> None:
     assert len(told) == 20 and not list((bundle.path / "engines").iterdir())
 
 
+def test_ctrl_c_within_the_librarys_own_code_does_no_harm(bundle: Bundle) -> None:
+    """A signal that comes while the library works is handled where it next calls Python, such as for its log."""
+    script = (
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from longclip_rt.export.engine_progress import BuildLog\n"
+        "from longclip_rt.cli import main\n"
+        "noted, count = BuildLog.note, [0]\n"
+        "def note(log, message, is_error):\n"
+        "    count[0] += 1\n"
+        "    if count[0] == 300: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    noted(log, message, is_error)\n"
+        "BuildLog.note = note\n"
+        f"main({['engine', 'build', str(bundle.path), '--arch', 'sm_86', *SMALL_ARGUMENTS]!r})\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 1 and "Aborted!" in result.stderr, (result.returncode, result.stderr[-2000:])
+    assert not list((bundle.path / "engines").iterdir())
+
+
 def test_fp32_graphs_give_fp32_engines(bundle: Bundle) -> None:
     options = EngineOptions("fp32", (32,), (1,))
     (result,) = build_engines(bundle, choose_builders("tensorrt-rtx", (89,)), options)
