@@ -62,7 +62,8 @@ setup(
     ],
     extras_require={
         "cpu": ["onnxruntime>=1.23"],
-        "gpu": ["onnxruntime-gpu>=1.23"],
+        # ONNX Runtime: the first that was tried with telling which provider got which node.
+        "gpu": ["onnxruntime-gpu>=1.32", "cuda-core[cu13]>=1.2"],
         # 10.14: the first with attention layers. The libraries themselves come from NVIDIA's own index.
         "tensorrt": ["tensorrt>=10.14", "onnx>=1.18"],
         "rtx": RTX,
@@ -72,8 +73,11 @@ setup(
         "dev": [
             *TRAIN,
             *RTX,
-            "onnxruntime>=1.23",
-            # TensorRT's Python bindings without TensorRT, which the builder's calls are checked against.
+            "onnxruntime>=1.32",
+            # cuda.core imports without a GPU; beside torch the bindings are there already.
+            "cuda-core>=1.2",
+            "cuda-bindings>=13; platform_system == 'Linux'",
+            # TensorRT's Python bindings without TensorRT, which the code's calls are checked against.
             f"tensorrt_cu13_bindings==11.4.0.106; {LINUX}",
             "hypothesis>=6.100",
             "mypy>=1.15",

@@ -17,6 +17,7 @@ from longclip_rt.bundle import PCA, TOKENIZER, TOWERS, Bundle, bundles_home, loa
 from longclip_rt.checkpoint import Checkpoint, load_checkpoint
 from longclip_rt.errors import ExportError
 from longclip_rt.examples import example_photos, parity_texts
+from longclip_rt.export.head import head_checks, why_no_head, write_head, write_plugin_graphs
 from longclip_rt.export.onnx import OPSET, export_tower
 from longclip_rt.export.precision import BlockActivation, half_tower
 from longclip_rt.export.rounding import RoundedHalfBackend
@@ -27,10 +28,14 @@ from longclip_rt.extras import require
 from longclip_rt.files import directory_in_the_making, write_text_atomically
 from longclip_rt.pca import Pca, check_mode, load_pca, save_pca
 from longclip_rt.preprocess import ImageTransform
-from longclip_rt.tokenizer import Tokenizer
+from longclip_rt.self_check import IMAGES, TEXTS, write_self_check
+from longclip_rt.tokenizer import Tokenizer, pad_tokens
 from longclip_rt.towers import ImageTower, TextTower, towers_from_checkpoint
 
 logger = logging.getLogger("longclip_rt")
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+"""Compute capabilities times ten that a PCA head is compiled for; no GPU needs to be here."""
 
 Progress = Callable[[str], None]
 
@@ -48,6 +53,7 @@ class ExportOptions:
         activation: `quick_gelu` or `gelu`, where the weights do not say; None leaves it to `load_checkpoint`.
         pca: File of a PCA of this model's embeddings; the graphs then have the outputs `text_pca` and `image_pca`.
         pca_mode: What these are, `project` or `reconstruct`.
+        pca_in_engine: Whether to add fp16 graphs with the plug-in `longclip::pca_head` in the PCA's place.
     """
 
     weights: str
@@ -57,6 +63,7 @@ class ExportOptions:
     activation: Literal["quick_gelu", "gelu"] | None = None
     pca: Path | None = None
     pca_mode: str = "project"
+    pca_in_engine: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,6 +136,8 @@ def export_bundle(options: ExportOptions, progress: Progress = lambda stage: Non
         with directory_in_the_making(options.out):  # refuses, and says how to go on, before minutes of work
             pass
     check_mode(options.pca_mode)
+    if options.pca_in_engine and (options.pca is None or not options.fp16):
+        raise ExportError("--pca-in-engine puts a PCA into fp16 graphs. Add --fp16 and --pca FILE.")
     pca = None if options.pca is None else load_pca(options.pca)
     progress("reading weights")
     checkpoint = load_checkpoint(options.weights, activation=options.activation)
@@ -152,6 +161,7 @@ def export_bundle(options: ExportOptions, progress: Progress = lambda stage: Non
             reference = reference.with_pca(pca, options.pca_mode)
         checks = list(_write_graphs(staging, text, image, reference, options.fp16, progress))
         fields = _manifest_fields(checkpoint, options, text, image) | _pca_fields(pca, options.pca_mode)
+        _keep_self_check(staging, checkpoint, sample, reference)
         write_manifest(staging, fields)
         for runtime, precision in _runtimes(options.fp16):
             progress(f"checking with {runtime} in {precision}")
@@ -160,6 +170,19 @@ def export_bundle(options: ExportOptions, progress: Progress = lambda stage: Non
             backend = RoundedHalfBackend(bundle) if rounded else open_backend(bundle, runtime, precision)
             checks.extend(verify_backend(backend, sample, reference))
             backend.close()
+        if pca is not None and options.fp16:
+            progress("compiling the PCA head")
+            if reason := why_no_head(text, image, options.pca_mode):
+                if options.pca_in_engine:
+                    raise ExportError(f"The PCA cannot be put into the engine: {reason}. Leave --pca-in-engine out.")
+                logger.info("the bundle has no PCA head for GPUs beside its graphs: %s", reason)
+            else:
+                write_head(staging, text, image, pca, ARCHITECTURES)
+                write_manifest(staging, fields)
+                bundle = load_bundle(staging, verify=False)
+                checks.extend(head_checks(bundle, sample, reference, ARCHITECTURES[0]))
+                if options.pca_in_engine:
+                    write_plugin_graphs(bundle, ARCHITECTURES[0])
         report = ParityReport(tuple(checks), reference.activations, len(sample.tokens), len(sample.pixels))
         if report.failed:
             raise ParityError(
@@ -175,7 +198,7 @@ def export_bundle(options: ExportOptions, progress: Progress = lambda stage: Non
 def stages(options: ExportOptions) -> int:
     """How many times `export_bundle` calls `progress`."""
     graphs = len(TOWERS) * (2 if options.fp16 else 1)
-    return 3 + graphs + len(_runtimes(options.fp16))
+    return 3 + graphs + len(_runtimes(options.fp16)) + (options.fp16 and options.pca is not None)
 
 
 def _runtimes(fp16: bool) -> list[tuple[str, str]]:
@@ -218,6 +241,20 @@ def _sample(staging: Path, checkpoint: Checkpoint) -> Sample:
     transform = _transform(checkpoint)
     tokens = [entry.ids for entry in tokenizer.encode(parity_texts(tokenizer))]
     return Sample(tokens, np.stack([transform(photo) for photo in example_photos()]))
+
+
+def _keep_self_check(staging: Path, checkpoint: Checkpoint, sample: Sample, reference: Reference) -> None:
+    """Keeps a few of the sample's inputs, from the shortest to the longest text, and what the towers gave for them."""
+    by_length = sorted(range(len(sample.tokens)), key=lambda index: len(sample.tokens[index]))
+    count = min(TEXTS, len(by_length))
+    chosen = [by_length[index * (len(by_length) - 1) // max(count - 1, 1)] for index in range(count)]
+    ids = pad_tokens([sample.tokens[index] for index in chosen], checkpoint.architecture.context_length)
+    crops = np.stack([_transform(checkpoint).crop(photo) for photo in example_photos()[:IMAGES]])
+    expected = {
+        "text": {name: rows[chosen] for name, rows in reference.outputs["text"].items()},
+        "image": {name: rows[:IMAGES] for name, rows in reference.outputs["image"].items()},
+    }
+    write_self_check(staging, ids, crops, expected, reference.spans)
 
 
 def _write_graphs(

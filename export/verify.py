@@ -5,19 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from longclip_rt.backends import Backend
 from longclip_rt.backends.base import Float32
 from longclip_rt.batching import plan_batches
-from longclip_rt.export.precision import ActivationRecorder, BlockActivation
 from longclip_rt.pca import Pca
 from longclip_rt.tokenizer import pad_tokens
-from longclip_rt.towers import ImageTower, TextTower
+
+if TYPE_CHECKING:  # a machine that serves has no torch, and runs the gate against the bundle's own fp32 graphs
+    from longclip_rt.export.precision import BlockActivation
+    from longclip_rt.towers import ImageTower, TextTower
 
 Ids = NDArray[np.int32]
 
@@ -49,7 +50,7 @@ LIMITS = {
 
 # A PCA output whose rows are so short before they are normalised that its limit would be larger is refused: the model's
 # own error drowns it, and a PCA of more components, or fitted to more of the model's embeddings, is needed.
-_LOOSEST = 0.1
+LOOSEST = 0.1
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,10 @@ def reference_from_towers(
         sample: The inputs.
         step: Called with the number of inputs done after each batch.
     """
+    import torch
+
+    from longclip_rt.export.precision import ActivationRecorder
+
     context = text.architecture.context_length
     recorders = [ActivationRecorder(text), ActivationRecorder(image)]
     outputs = {}
@@ -152,6 +157,25 @@ def reference_from_towers(
             joined = [np.concatenate(parts) for parts in zip(*batches, strict=True)]
             outputs["text" if tower is text else "image"] = dict(zip(tower.outputs, joined, strict=True))
     return Reference(outputs, tuple(entry for recorder in recorders for entry in recorder.activations()))
+
+
+def reference_from_backend(backend: Backend, sample: Sample) -> Reference:
+    """What another backend gives on the sample: a reference where torch and the weights are not at hand.
+
+    The export held the fp32 graphs to the torch towers within 1e-4, far below what fp16 may differ by.
+
+    Args:
+        backend: One in fp32, on the bundle to be checked.
+        sample: The inputs.
+    """
+    context = backend.bundle.architecture.context_length
+    outputs: dict[str, dict[str, Float32]] = {}
+    for tower, inputs in (("text", pad_tokens(sample.tokens, context)), ("image", sample.pixels)):
+        names = backend.bundle.outputs(tower)
+        batches = [backend.run(tower, inputs[start : start + 8], names) for start in range(0, len(inputs), 8)]
+        joined = [np.concatenate(parts) for parts in zip(*batches, strict=True)]
+        outputs[tower] = dict(zip(names, joined, strict=True))
+    return Reference(outputs, ())
 
 
 def verify_backend(backend: Backend, sample: Sample, reference: Reference) -> Iterator[Check]:
@@ -239,12 +263,12 @@ class _Gate:
         normalised = name.endswith(("_embeds", "_pca"))
         span = self._spans.get(name, 1.0)
         if self._limits.parity == "1 - cosine":
-            limit = min(self._limits.bound / span**2, _LOOSEST)
+            limit = min(self._limits.bound / span**2, LOOSEST)
             error = 1.0 - _lowest_cosine(rows, wanted)
         else:
             # States other than the embeddings are not normalised; their difference is taken relative to their size.
             scale = 1.0 if normalised else max(1.0, float(np.abs(wanted).max()))
-            limit = min(self._limits.bound / span, _LOOSEST)
+            limit = min(self._limits.bound / span, LOOSEST)
             error = _difference(rows, wanted) / scale
         yield self._check(f"{name}: {self._limits.parity}", error, limit)
         if normalised:

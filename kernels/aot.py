@@ -74,6 +74,8 @@ class Compiled:
         warps: Of a program.
         entry: The function's name in the cubin.
         cubin: The machine code.
+        ptx: What the machine code was assembled from; its entry shows the parameters.
+        scratch: Bytes of memory that a launch must hand it beside its arguments.
     """
 
     kernel: str
@@ -88,6 +90,8 @@ class Compiled:
     warps: int
     entry: str
     cubin: bytes
+    ptx: str = ""
+    scratch: int = 0
 
     @property
     def name(self) -> str:
@@ -97,7 +101,7 @@ class Compiled:
     def row(self) -> dict[str, Any]:
         """The table's columns."""
         fields = asdict(self)
-        for hidden in ("warps", "entry", "cubin"):
+        for hidden in ("warps", "entry", "cubin", "ptx", "scratch"):
             del fields[hidden]
         return fields
 
@@ -181,6 +185,8 @@ def compile_variant(variant: Variant, arch: int) -> Compiled:
         config.warps,
         compiled.metadata.name,
         compiled.asm["cubin"],
+        compiled.asm["ptx"],
+        compiled.metadata.global_scratch_size + compiled.metadata.profile_scratch_size,
     )
 
 

@@ -24,9 +24,11 @@ class Batch:
     length: int
 
 
-def padded_length(length: int, pad_multiple: int, max_length: int | None = None) -> int:
-    """Rounds a token count up to a multiple of `pad_multiple`, and down to `max_length` where that is smaller."""
-    padded = -(-length // pad_multiple) * pad_multiple
+def padded_length(length: int, pad_multiple: int, max_length: int | None = None, buckets: Sequence[int] = ()) -> int:
+    """Rounds a token count up to a bucket, else to a multiple of `pad_multiple`, and down to `max_length`."""
+    if max_length is not None:
+        length = min(length, max_length)
+    padded = next((bucket for bucket in buckets if bucket >= length), -(-length // pad_multiple) * pad_multiple)
     return padded if max_length is None else min(padded, max_length)
 
 
@@ -37,6 +39,7 @@ def plan_batches(
     token_budget: int,
     max_batch: int,
     max_length: int | None = None,
+    buckets: Sequence[int] = (),
 ) -> list[Batch]:
     """Groups texts of similar length into batches, longest first. Pure: equal arguments give equal batches.
 
@@ -49,6 +52,8 @@ def plan_batches(
         token_budget: Rows times length of a batch stay within this, except that one text always makes a batch.
         max_batch: Most texts in a batch.
         max_length: The context length; longer texts count as this long. None: no limit.
+        buckets: The only lengths that batches may have, shortest first, where the engine wants that; texts longer than
+            the last one are padded as if there were none.
 
     Returns:
         Batches that hold each position of `lengths` exactly once. The full ones of one length have one size.
@@ -60,7 +65,7 @@ def plan_batches(
         raise ValueError("pad_multiple, token_budget, max_batch and max_length must be at least 1")
     if lengths and min(lengths) < 1:
         raise ValueError(f"a text has at least 1 token; got a length of {min(lengths)}")
-    padded = [padded_length(length, pad_multiple, max_length) for length in lengths]
+    padded = [padded_length(length, pad_multiple, max_length, buckets) for length in lengths]
     # By padded length and then position: within a bucket the input order stays, so neighbours in the input stay
     # neighbours in the batch whatever their exact lengths.
     order = sorted(range(len(padded)), key=lambda index: (-padded[index], index))

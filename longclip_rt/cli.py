@@ -20,7 +20,7 @@ COMMANDS = {
     "search": "Find what is nearest to a text or an image.",
     "pca": "Fit a PCA that makes vectors shorter.",
     "convert": "Write weights in another library's layout.",
-    "engine": "Build TensorRT engines of a bundle, and list them.",
+    "engine": "Build TensorRT engines of a bundle, list them, and check them on the GPU.",
     "kernels": "Compile the Triton kernels ahead of time.",
     "info": "Show what can be used on this machine.",
 }

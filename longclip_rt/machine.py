@@ -17,7 +17,7 @@ _CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "a
 
 PACKAGES = (
     "longclip-rt", "numpy", "Pillow", "tokenizers", "ftfy", "pyarrow", "openvino", "onnxruntime", "onnxruntime-gpu",
-    "torch", "open_clip_torch", "onnx", "onnxscript", "transformers", "tensorrt", "tensorrt_rtx",
+    "torch", "open_clip_torch", "onnx", "onnxscript", "transformers", "tensorrt", "tensorrt_rtx", "cuda-core",
 )  # fmt: skip
 """Distributions whose versions matter when vectors or speeds are compared."""
 
@@ -53,10 +53,10 @@ def memory_bytes() -> int | None:
 
 
 def gpus() -> list[str]:
-    """NVIDIA cards as `nvidia-smi` lists them: name, memory, driver version; empty where there is none."""
+    """NVIDIA cards as `nvidia-smi` lists them: name, memory, driver version; without it, what CUDA tells of them."""
     program = shutil.which("nvidia-smi")
     if program is None:
-        return []
+        return [f"{device.name}, {device.memory >> 20} MiB" for device in cuda_devices()]
     query = [program, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
         result = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +48,8 @@ class Embedder:
         self.pca = pca
         self.pca_mode = pca_mode
         self.tokenizer = Tokenizer.from_file(bundle.file(TOKENIZER), bundle.architecture.context_length)
+        # The kernel gives float32 vectors of the same PCA, within the backend's own error.
+        self._fused = pca is not None and pca_mode == "project" and backend.fused_pca == pca.sha256
         image = bundle.manifest["image"]
         self.transform = ImageTransform(image["size"], tuple(image["mean"]), tuple(image["std"]))
 
@@ -59,15 +61,17 @@ class Embedder:
         precision: str = "auto",
         pca: str | Path | Pca | None = None,
         pca_mode: str = "project",
+        devices: Sequence[int] | None = None,
     ) -> Embedder:
         """Opens a bundle.
 
         Args:
             path: Its directory; None takes the newest exported bundle, else the built-in model, and logs which.
-            backend: `auto`, `openvino`, `onnxruntime` or `torch`.
+            backend: `auto`, or one of `longclip_rt.backends.BACKENDS`.
             precision: `auto`, `fp32`, `bf16` or `fp16`.
             pca: A PCA or its file, to reduce the embeddings with; `bundle` takes the one that the bundle carries.
             pca_mode: `project` or `reconstruct`, as in `Pca.apply`.
+            devices: Numbers of the GPUs to run on, all at once; None: the first one, or the CPU.
 
         Raises:
             BundleError: There is no bundle, or it is damaged.
@@ -82,7 +86,7 @@ class Embedder:
         loaded = _pca_from(pca, bundle)
         if loaded is not None:  # before a model is compiled
             loaded.check_model(bundle.name, bundle.architecture.embed_dim, bundle.weights_sha256)
-        return cls(bundle, open_backend(bundle, backend, precision), loaded, pca_mode)
+        return cls(bundle, open_backend(bundle, backend, precision, devices), loaded, pca_mode)
 
     def with_pca(self, pca: Pca | None, pca_mode: str = "project") -> Embedder:
         """An embedder on the same backend whose embeddings are reduced with another PCA, or with none.
@@ -122,16 +126,25 @@ class Embedder:
         """Text batches are padded to a multiple of this many tokens."""
         return self.backend.pad_multiple
 
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """The lengths that text batches are padded to; empty where `pad_multiple` says it."""
+        return self.backend.buckets
+
     def encode_tokens(self, ids: NDArray[np.int32]) -> Float32:
         """Encodes one batch of padded token ids [B, S] int32 to L2-normalised vectors [B, D] float32."""
-        return self._reduced(self.backend.encode_text(ids), "text")
+        return self._encoded("text", ids)
 
     def encode_crops(self, crops: NDArray[np.uint8]) -> Float32:
         """Encodes one batch of cropped images [B, n, n, 3] uint8 RGB to L2-normalised vectors [B, D] float32."""
-        return self._reduced(self.backend.encode_image(self.transform.normalize(crops)), "image")
+        return self._encoded("image", self.transform.normalize(crops))
 
-    def _reduced(self, vectors: Float32, kind: str) -> Float32:
-        return vectors if self.pca is None else self.pca.apply(vectors, kind, self.pca_mode)
+    def _encoded(self, kind: str, inputs: NDArray[Any]) -> Float32:
+        if self.pca is None:
+            return self.backend.run(kind, inputs)[0]
+        if self._fused:
+            return self.backend.run(kind, inputs, [f"{kind}_pca"])[0]
+        return self.pca.apply(self.backend.run(kind, inputs)[0], kind, self.pca_mode)
 
     def embed_texts(self, texts: Sequence[str], *, truncate: bool = True) -> Float32:
         """Embeds texts.
@@ -162,6 +175,7 @@ class Embedder:
             token_budget=self.batch_size * self.context_length,
             max_batch=128,
             max_length=self.context_length,
+            buckets=self.buckets,
         )
         vectors = np.empty((len(encoded), self.dim), np.float32)
         with ThreadPoolExecutor(self.concurrency) as pool:

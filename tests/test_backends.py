@@ -113,7 +113,7 @@ def test_auto_takes_openvino_and_the_next_when_it_is_absent(
     with caplog.at_level(logging.INFO, "longclip_rt"):
         opened = open_backend(bundle)
     assert (opened.name, opened.precision) == ("onnxruntime", "fp32")
-    assert "passed over: openvino: the Python package openvino is not installed" in caplog.text
+    assert "openvino: the Python package openvino is not installed" in caplog.text
     with pytest.raises(BackendError, match=r"openvino.*not installed.*pip install"):
         open_backend(bundle, "openvino")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)

@@ -82,3 +82,10 @@ def test_a_length_below_one_is_refused():
 def test_padded_length_is_capped():
     assert [padded_length(n, 8) for n in (1, 8, 9)] == [8, 8, 16]
     assert padded_length(77, 8, 77) == 77
+
+
+def test_with_buckets_batches_have_their_lengths_only() -> None:
+    buckets = (32, 77, 128)
+    assert [padded_length(n, 8, 248, buckets) for n in (1, 32, 33, 128, 129, 999)] == [32, 32, 77, 128, 136, 248]
+    batches = plan_batches([5, 60, 33, 100, 31], pad_multiple=8, token_budget=9999, max_batch=8, buckets=buckets)
+    assert [(batch.indices, batch.length) for batch in batches] == [((3,), 128), ((1, 2), 77), ((0, 4), 32)]

@@ -64,7 +64,8 @@ def with_pca(folder: Path, tiny_weights: Path) -> Path:
     out, texts = folder / "bundle", exporter.parity_texts
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exporter, "parity_texts", lambda tokenizer: texts(tokenizer)[::6])
-        run(export, "--weights", tiny_weights, "--out", out, "--fp16", "--pca", folder / "joint.safetensors")
+        pca = ("--pca", folder / "joint.safetensors", "--pca-in-engine")
+        run(export, "--weights", tiny_weights, "--out", out, "--fp16", *pca)
     return out
 
 
@@ -250,3 +251,32 @@ def test_reconstruction_as_plain_operators(folder: Path, tmp_path: Path) -> None
     session = onnxruntime.InferenceSession(tmp_path / "text.onnx")
     embedding, coarse = session.run(["text_embeds", "text_pca"], {"input_ids": ids.numpy()})
     np.testing.assert_allclose(coarse, pca.apply(embedding, "text", "reconstruct"), atol=1e-5)
+
+
+def test_a_bundle_carries_the_head_for_gpus(with_pca: Path, folder: Path) -> None:
+    import onnx
+
+    from longclip_rt.backends.head_kernel import load_head
+    from longclip_rt.bundle import load_bundle
+
+    bundle = load_bundle(with_pca)
+    checked = [check for check in bundle.manifest["parity"]["checks"] if check["runtime"] == "head kernel"]
+    assert {check["tower"] for check in checked} == {"text", "image"} and all(check["passed"] for check in checked)
+    for arch in exporter.ARCHITECTURES:
+        for tower in ("text", "image"):
+            head = load_head(with_pca, tower, arch)
+            assert head is not None and head.k == K and head.pca == load_pca(folder / "joint.safetensors").sha256
+            assert all(code.file in bundle.manifest["files"] for code in head.codes)
+    for tower in ("text", "image"):
+        nodes = onnx.load(with_pca / f"{tower}.fp16.plugin.onnx").graph.node
+        assert [node.op_type for node in nodes if node.domain] == ["pca_head"]
+
+
+@pytest.mark.parametrize("more", [("--fp16",), ("--pca", "joint")])
+def test_a_pca_in_the_engine_needs_both_a_pca_and_fp16(more: tuple[str, ...], folder: Path, tiny_weights: Path) -> None:
+    from longclip_rt.errors import ExportError
+
+    given = [str(folder / "joint.safetensors") if one == "joint" else one for one in more]
+    out = str(folder / "refused")
+    result = CliRunner().invoke(export, ["--weights", str(tiny_weights), "--out", out, "--pca-in-engine", *given])
+    assert isinstance(result.exception, ExportError) and "Add --fp16 and --pca FILE" in str(result.exception)

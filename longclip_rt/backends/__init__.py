@@ -4,23 +4,56 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from longclip_rt.backends.base import Backend
 from longclip_rt.bundle import Bundle
-from longclip_rt.errors import BackendError
+from longclip_rt.errors import BackendError, MissingExtraError
 
-__all__ = ["AUTO_ORDER", "BACKENDS", "PRECISIONS", "Availability", "Backend", "availability", "open_backend"]
+__all__ = [
+    "AUTO_ORDER",
+    "BACKENDS",
+    "GPU_BACKENDS",
+    "PRECISIONS",
+    "Availability",
+    "Backend",
+    "availability",
+    "open_backend",
+]
 
 logger = logging.getLogger("longclip_rt")
 
-BACKENDS = ("openvino", "onnxruntime", "torch")
+GPU_BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime-tensorrt")
+"""Those that run on NVIDIA GPUs."""
+
+BACKENDS = (*GPU_BACKENDS, "openvino", "onnxruntime", "torch")
 """Every backend, as `--backend` takes them."""
 
-AUTO_ORDER = ("openvino", "onnxruntime")
-"""What `auto` tries, in this order. Not `torch`, the reference: it is slower, and needs more than the bundle."""
+AUTO_ORDER = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "openvino", "onnxruntime")
+"""What `auto` tries, in this order. Not `torch`, the reference: it is slower, and needs more than the bundle. Nor
+`onnxruntime-tensorrt`, which builds engines for minutes at its first batch."""
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+
+_NEEDED = {
+    "tensorrt": ("tensorrt", "cuda.core"),
+    "tensorrt-rtx": ("tensorrt_rtx", "cuda.core"),
+    "onnxruntime-cuda": ("onnxruntime",),
+    "onnxruntime-tensorrt": ("onnxruntime",),
+    "openvino": ("openvino",),
+    "onnxruntime": ("onnxruntime",),
+    "torch": ("torch", "open_clip"),
+}
+_REMEDIES = {
+    "tensorrt": 'pip install "longclip-rt[gpu,tensorrt]"',
+    "tensorrt-rtx": 'pip install "longclip-rt[gpu,rtx]"',
+    "onnxruntime-cuda": 'pip install "longclip-rt[gpu]"',
+    "onnxruntime-tensorrt": 'pip install "longclip-rt[gpu]"',
+    "openvino": 'pip install "longclip-rt"',
+    "onnxruntime": 'pip install "longclip-rt[cpu]"',
+    "torch": 'pip install "longclip-rt[export]"',
+}
 
 
 @dataclass(frozen=True)
@@ -29,7 +62,7 @@ class Availability:
 
     Attributes:
         name: The backend.
-        usable: Whether it can.
+        usable: Whether it can, as far as can be told without a model.
         precisions: What it computes in here, the one that `auto` picks first; empty where it is not usable.
         reason: Why not, in words; empty where it is usable.
         remedy: The command that mends it; empty where it is usable.
@@ -43,20 +76,14 @@ class Availability:
 
 
 def availability(name: str) -> Availability:
-    """Says whether a backend can be used here, by looking for its library (and, for OpenVINO, asking it).
+    """Says whether a backend can be used here, by looking for its libraries and for GPUs (and by asking OpenVINO).
 
     Args:
         name: One of `BACKENDS`.
     """
-    extra = {"openvino": "longclip-rt", "onnxruntime": "longclip-rt[cpu]", "torch": "longclip-rt[export]"}[name]
-    remedy = f'pip install "{extra}"'
-    needed = {"openvino": ("openvino",), "onnxruntime": ("onnxruntime",), "torch": ("torch", "open_clip")}[name]
-    for module in needed:
-        try:
-            found = importlib.util.find_spec(module) is not None
-        except ValueError:  # a module that is loaded and has no spec, or is marked as absent
-            found = False
-        if not found:
+    remedy = _REMEDIES[name]
+    for module in _NEEDED[name]:
+        if not _found(module):
             return Availability(name, False, reason=f"the Python package {module} is not installed", remedy=remedy)
     if name == "openvino":
         from longclip_rt.backends.openvino import openvino_precisions
@@ -65,40 +92,78 @@ def availability(name: str) -> Availability:
             return Availability(name, True, tuple(openvino_precisions()))
         except (ImportError, RuntimeError) as error:
             return Availability(name, False, reason=str(error), remedy=f"{remedy.replace('install', 'install -U')}")
+    if name in GPU_BACKENDS:
+        from longclip_rt.backends.providers import NO_GPU, unavailable
+        from longclip_rt.machine import cuda_devices
+
+        if name.startswith("tensorrt"):
+            why = None if cuda_devices() else NO_GPU
+        else:
+            import onnxruntime
+
+            why = unavailable(name, onnxruntime.get_available_providers(), len(cuda_devices()))
+        if why is not None:
+            return Availability(name, False, reason=why[0], remedy=why[1])
+        return Availability(name, True, ("fp16", "fp32"))
     return Availability(name, True, ("fp32", "fp16") if name == "onnxruntime" else PRECISIONS)
 
 
-def open_backend(bundle: Bundle, backend: str = "auto", precision: str = "auto") -> Backend:
+def _found(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ValueError, ModuleNotFoundError):  # loaded without a spec, or marked as absent; or its parent is not there
+        return False
+
+
+def open_backend(
+    bundle: Bundle, backend: str = "auto", precision: str = "auto", devices: Sequence[int] | None = None
+) -> Backend:
     """Opens a bundle with a backend.
 
     `auto` takes the first usable one of `AUTO_ORDER` that offers the precision; `auto` precision takes the fastest that
-    the backend offers here without an fp16 graph: bf16 with OpenVINO on a CPU that computes in it, else fp32. What was
-    picked and why not the one above it is logged once, at INFO.
+    the backend offers here: fp16 on a GPU where the bundle has the graphs, bf16 with OpenVINO on a CPU that computes in
+    it, else fp32. A backend on a GPU loads the model and checks itself before it is taken. What was picked and why not
+    the one above it is logged once, at INFO.
 
     Args:
         bundle: The model.
         backend: `auto` or one of `BACKENDS`.
         precision: `auto` or one of `PRECISIONS`.
+        devices: Numbers of the GPUs to run on, all at once; None: the first one, or the CPU.
 
     Raises:
-        BackendError: What was asked for cannot be had. A backend or precision asked for by name is never replaced.
+        BackendError: What was asked for cannot be had. A backend, precision or device asked for by name is never
+            replaced.
     """
     if backend != "auto" and backend not in BACKENDS:
         raise BackendError(f"There is no backend {backend!r}; there are auto, {', '.join(BACKENDS)}.")
     if precision != "auto" and precision not in PRECISIONS:
         raise BackendError(f"There is no precision {precision!r}; there are auto, {', '.join(PRECISIONS)}.")
+    if devices is not None and (not devices or len(set(devices)) < len(devices) or min(devices) < 0):
+        raise BackendError(f"Devices are numbers of GPUs from 0, each once; got {list(devices)}.")
     passed_over: list[str] = []
     for name in AUTO_ORDER if backend == "auto" else (backend,):
         state = availability(name)
-        if not state.usable:
+        offered = [
+            each for each in state.precisions if not _reads_fp16(name) or each != "fp16" or "fp16" in bundle.precisions
+        ]
+        if devices is not None and name not in GPU_BACKENDS:
+            passed_over.append(f"{name} runs on the CPU, and GPUs were asked for")
+        elif not state.usable:
             passed_over.append(f"{name}: {state.reason}; mend it with: {state.remedy}")
         elif precision != "auto" and precision not in state.precisions:
             passed_over.append(f"{name} does not compute in {precision} here, only in {', '.join(state.precisions)}")
-        elif name == "onnxruntime" and precision == "fp16" and "fp16" not in bundle.precisions:
+        elif precision != "auto" and precision not in offered:
             passed_over.append(f"{name}: {bundle.path} was exported without --fp16")
         else:
-            chosen = state.precisions[0] if precision == "auto" else precision
-            opened = _opened(bundle, name, chosen)
+            chosen = offered[0] if precision == "auto" else precision
+            try:
+                opened = _opened(bundle, name, chosen, devices)
+            except (BackendError, MissingExtraError) as error:
+                if backend != "auto" or name not in GPU_BACKENDS:
+                    raise
+                passed_over.append(f"{name}: {error}")
+                continue
             why = f" (passed over: {'; '.join(passed_over)})" if passed_over else ""
             logger.info("%s %s in %s on %s%s", opened.name, opened.version, opened.precision, opened.device, why)
             return opened
@@ -109,7 +174,14 @@ def open_backend(bundle: Bundle, backend: str = "auto", precision: str = "auto")
     )
 
 
-def _opened(bundle: Bundle, name: str, precision: str) -> Backend:
+def _reads_fp16(name: str) -> bool:
+    """Whether fp16 takes an fp16 graph; the others lower the fp32 one themselves."""
+    return name == "onnxruntime" or name in GPU_BACKENDS
+
+
+def _opened(bundle: Bundle, name: str, precision: str, devices: Sequence[int] | None) -> Backend:
+    if name in GPU_BACKENDS:
+        return _on_gpus(_gpu_backend(name), bundle, precision, devices or (0,))
     if name == "openvino":
         from longclip_rt.backends.openvino import OpenVinoBackend
 
@@ -121,3 +193,36 @@ def _opened(bundle: Bundle, name: str, precision: str) -> Backend:
     from longclip_rt.backends.torch import TorchBackend
 
     return TorchBackend(bundle, precision)
+
+
+def _gpu_backend(name: str) -> Callable[[Bundle, str, int], Backend]:
+    if name.startswith("tensorrt"):
+        from longclip_rt.backends import tensorrt
+
+        return tensorrt.TensorrtBackend if name == "tensorrt" else tensorrt.TensorrtRtxBackend
+    from longclip_rt.backends import onnxruntime
+
+    if name == "onnxruntime-cuda":
+        return onnxruntime.OnnxRuntimeCudaBackend
+    return onnxruntime.OnnxRuntimeTensorrtBackend
+
+
+def _on_gpus(
+    kind: Callable[[Bundle, str, int], Backend], bundle: Bundle, precision: str, devices: Sequence[int]
+) -> Backend:
+    """One backend a GPU, each checked on its own; all are closed where one fails."""
+    from longclip_rt.backends.pool import DevicePool
+    from longclip_rt.self_check import run_self_check
+
+    members: list[Backend] = []
+    try:
+        for number in devices:
+            member = kind(bundle, precision, number)
+            members.append(member)
+            member.prepare()
+            run_self_check(member)
+        return members[0] if len(members) == 1 else DevicePool(members)
+    except BaseException:
+        for member in members:
+            member.close()
+        raise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +29,7 @@ class Backend(ABC):
         pad_multiple: Text batches are padded to a multiple of this many tokens.
     """
 
-    name: ClassVar[str]
+    name: str
     batch_size: int = 8
     pad_multiple: int = 8
     concurrency: int = 1
@@ -48,6 +47,19 @@ class Backend(ABC):
     @abstractmethod
     def device(self) -> str:
         """What it runs on, for people."""
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """The lengths that text batches are padded to, shortest first; empty where `pad_multiple` says it."""
+        return ()
+
+    @property
+    def fused_pca(self) -> str:
+        """SHA-256 of the PCA that a kernel of its own gives as `text_pca` and `image_pca`; empty where none does."""
+        return ""
+
+    def prepare(self) -> None:  # noqa: B027 - a backend that loads at once has nothing to do
+        """Loads both encoders now, instead of at their first batch."""
 
     @abstractmethod
     def _run(self, tower: str, inputs: NDArray[np.generic], outputs: Sequence[str]) -> list[Float32]:

@@ -1,19 +1,29 @@
-"""ONNX Runtime on the CPU: the portable backend, and the one that really rounds the fp16 graph to fp16."""
+"""ONNX Runtime: on the CPU the portable backend, and the one that runs the fp16 graph as it is; and on NVIDIA GPUs."""
 
 from __future__ import annotations
 
 import platform
 import threading
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from longclip_rt.backends.base import INPUT_NAMES, Backend, Float32
-from longclip_rt.bundle import Bundle
-from longclip_rt.errors import BackendError
+from longclip_rt.backends.providers import (
+    RECORD_ASSIGNMENT,
+    Assignment,
+    check_assignment,
+    check_provider,
+    largest_batch,
+    provider_settings,
+)
+from longclip_rt.bundle import Bundle, bundles_home
+from longclip_rt.errors import BackendError, OutputError
 from longclip_rt.extras import require
+from longclip_rt.files import output_errors
 
 PRECISIONS = ("fp32", "fp16")
 
@@ -22,15 +32,18 @@ class OnnxRuntimeBackend(Backend):
     """Runs `text.onnx` and `image.onnx`, or their fp16 graphs, with ONNX Runtime's CPU provider."""
 
     name = "onnxruntime"
+    extra: ClassVar[str] = "cpu"
+    on_gpu: ClassVar[bool] = False
 
-    def __init__(self, bundle: Bundle, precision: str) -> None:
+    def __init__(self, bundle: Bundle, precision: str, device: int = 0) -> None:
         super().__init__(bundle, precision)
         if precision not in PRECISIONS:
             raise BackendError(
                 f"ONNX Runtime runs the graphs of the bundle, in {' or '.join(PRECISIONS)}; {precision} was asked for. "
                 "Choose one of these with --precision, or --backend openvino."
             )
-        self._ort: Any = require("onnxruntime", "cpu")
+        self._ort: Any = require("onnxruntime", self.extra)
+        self._number = device
         self._graphs = {tower: bundle.onnx(tower, precision) for tower in INPUT_NAMES}
         self._sessions: dict[str, Any] = {}
         self._lock = threading.Lock()
@@ -48,15 +61,34 @@ class OnnxRuntimeBackend(Backend):
     def _session(self, tower: str) -> Any:
         with self._lock:
             if tower not in self._sessions:
-                options = self._ort.SessionOptions()
-                options.log_severity_level = 3  # errors; warnings there are about its own optimiser
-                try:
-                    self._sessions[tower] = self._ort.InferenceSession(
-                        str(self._graphs[tower]), options, providers=["CPUExecutionProvider"]
-                    )
-                except Exception as error:  # its errors share no base class narrower than Exception
-                    raise BackendError(f"ONNX Runtime could not load {self._graphs[tower]}: {error}") from error
+                self._sessions[tower] = self._opened(tower)
             return self._sessions[tower]
+
+    def prepare(self) -> None:
+        """Opens both sessions."""
+        for tower in self._graphs:
+            self._session(tower)
+
+    def _opened(self, tower: str) -> Any:
+        options = self._ort.SessionOptions()
+        options.log_severity_level = 3  # errors; warnings there are about its own optimiser
+        if self.on_gpu:
+            options.add_session_config_entry(RECORD_ASSIGNMENT, "1")
+        settings = provider_settings(
+            self.name, self.bundle.architecture, tower, self.precision, self._number, self._cache()
+        )
+        try:
+            session = self._ort.InferenceSession(str(self._graphs[tower]), options, providers=settings)
+        except Exception as error:  # its errors share no base class narrower than Exception
+            raise BackendError(f"ONNX Runtime could not load {self._graphs[tower]}: {error}") from error
+        check_provider(self.name, session.get_providers())
+        if self.on_gpu:
+            check_assignment(self.name, assignments(session))
+        return session
+
+    def _cache(self) -> Path:
+        """Where the TensorRT provider keeps what it built: never in the bundle, whose files are hashed."""
+        return bundles_home().parent / "onnxruntime-tensorrt" / self.bundle.sha256[:16]
 
     def _run(self, tower: str, inputs: NDArray[np.generic], outputs: Sequence[str]) -> list[Float32]:
         results: list[Float32] = self._session(tower).run(
@@ -68,3 +100,76 @@ class OnnxRuntimeBackend(Backend):
         """Releases the sessions."""
         with self._lock:
             self._sessions.clear()
+
+
+class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
+    """The same graphs with the CUDA provider; inputs and outputs are bound, so that each crosses the bus once."""
+
+    name = "onnxruntime-cuda"
+    extra = "gpu"
+    on_gpu = True
+    batch_size = 32
+    memory: ClassVar[str] = "cuda"
+    """Where inputs and outputs lie during a run, in ONNX Runtime's word."""
+
+    @property
+    def device(self) -> str:
+        """The GPU's number."""
+        return f"GPU {self._number}"
+
+    def _run(self, tower: str, inputs: NDArray[np.generic], outputs: Sequence[str]) -> list[Float32]:
+        session = self._session(tower)
+        most = largest_batch(self.name, tower) or len(inputs)
+        parts = [
+            self._bound_run(session, tower, inputs[start : start + most], outputs)
+            for start in range(0, len(inputs), most)
+        ]
+        return parts[0] if len(parts) == 1 else [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+
+    def _bound_run(
+        self, session: Any, tower: str, inputs: NDArray[np.generic], outputs: Sequence[str]
+    ) -> list[Float32]:
+        binding = session.io_binding()
+        value = self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(inputs), self.memory, self._number)
+        binding.bind_ortvalue_input(INPUT_NAMES[tower], value)
+        for name in outputs:
+            binding.bind_output(name, self.memory, self._number)
+        session.run_with_iobinding(binding)
+        results: list[Float32] = binding.copy_outputs_to_cpu()
+        return results
+
+
+class OnnxRuntimeTensorrtBackend(OnnxRuntimeCudaBackend):
+    """The same graphs with the TensorRT provider, which builds its own engines and keeps them in the user's cache.
+
+    The first run of each tower on a machine builds for minutes.
+    """
+
+    name = "onnxruntime-tensorrt"
+
+    def _cache(self) -> Path:
+        folder = super()._cache()
+        try:
+            with output_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OutputError as error:
+            raise BackendError(f"The TensorRT provider needs a folder for its engines. {error}") from error
+        return folder
+
+
+def assignments(session: Any) -> list[Assignment]:
+    """Which provider got which node of a session that was opened with `RECORD_ASSIGNMENT`.
+
+    Raises:
+        BackendError: This version of ONNX Runtime cannot tell.
+    """
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        raise BackendError(
+            "This onnxruntime cannot tell whether it left nodes on the CPU. Take a newer one: "
+            "pip install -U onnxruntime-gpu"
+        )
+    return [
+        Assignment(part.ep_name, node.op_type)
+        for part in session.get_provider_graph_assignment_info()
+        for node in part.get_nodes()
+    ]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from longclip_rt.commands.options import runs_the_model, takes_a_pca
+from longclip_rt.commands.options import gpu_numbers, runs_the_model, takes_a_pca
 
 if TYPE_CHECKING:
     from longclip_rt.embedding.pipeline import EmbedReport
@@ -90,6 +90,12 @@ class _Bar:
 @runs_the_model
 @takes_a_pca
 @click.option(
+    "--devices",
+    callback=gpu_numbers,
+    metavar="LIST",
+    help="Numbers of the GPUs to run on, all at once, such as 0,1. Default: the first one, or the CPU.",
+)
+@click.option(
     "--batch-size",
     type=click.IntRange(min=1),
     metavar="N",
@@ -141,6 +147,7 @@ def embed(
     precision: str,
     pca: str | None,
     pca_mode: str,
+    devices: tuple[int, ...] | None,
     allow_rejects: bool,
     quiet: bool,
     **options: Any,
@@ -161,6 +168,7 @@ def embed(
       longclip-rt embed files.txt
       longclip-rt embed photos/ -o photos.parquet
       longclip-rt embed captions.txt --texts -o captions.npy --dtype float16
+      longclip-rt embed files.txt --backend tensorrt --devices 0,1
       longclip-rt embed files.txt -o short.parquet --pca pca.safetensors
       longclip-rt embed pairs.jsonl --texts --column long_caption --no-truncate
       find . -name '*.jpg' | longclip-rt embed - -o all.parquet --allow-rejects
@@ -173,7 +181,7 @@ def embed(
         plan_embedding(files, output, settings)
         from longclip_rt.runtime import Embedder
 
-        embedder = Embedder.from_bundle(bundle, backend, precision, pca, pca_mode)
+        embedder = Embedder.from_bundle(bundle, backend, precision, pca, pca_mode, devices)
         with _Bar(quiet) as bar:
             report = embed_files(files, output, embedder, settings, bar)
     except KeyboardInterrupt:

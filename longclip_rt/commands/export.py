@@ -45,6 +45,11 @@ DEFAULT_WEIGHTS = "BeichenZhang/LongCLIP-B"
 )
 @click.option("--pca-mode", type=click.Choice(PCA_MODES), default="project", show_default=True, help="What they are.")
 @click.option(
+    "--pca-in-engine",
+    is_flag=True,
+    help="Add fp16 graphs with the PCA as TensorRT's plug-in longclip::pca_head. Without: a kernel after the engine.",
+)
+@click.option(
     "--engine",
     type=click.Choice([*ENGINES, "none"]),
     default="auto",
@@ -60,6 +65,7 @@ def export(
     activation: Literal["quick_gelu", "gelu"] | None,
     pca: Path | None,
     pca_mode: str,
+    pca_in_engine: bool,
     engine: str,
     archs: tuple[int, ...] | str,
     text_buckets: tuple[int, ...],
@@ -92,7 +98,7 @@ def export(
     from longclip_rt.export.exporter import ExportOptions, ParityError, export_bundle, stages
 
     builders, why_none = _builders(engine, archs, fp16)
-    options = ExportOptions(weights, out, fp16, outputs, activation, pca, pca_mode)
+    options = ExportOptions(weights, out, fp16, outputs, activation, pca, pca_mode, pca_in_engine)
     with tqdm(total=stages(options), bar_format="{l_bar}{bar:20}| {n}/{total} [{elapsed}] {desc}") as bar:
         started = False
 

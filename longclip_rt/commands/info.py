@@ -59,14 +59,14 @@ def _lines(facts: dict[str, Any]) -> list[str]:
     lines = ["Backends"]
     for backend in facts["backends"]:
         if backend["usable"]:
-            lines.append(f"  {backend['name']:<12} usable: {', '.join(backend['precisions'])}")
+            lines.append(f"  {backend['name']:<20} usable: {', '.join(backend['precisions'])}")
         else:
-            lines.append(f"  {backend['name']:<12} not usable: {backend['reason']}. Mend it with: {backend['remedy']}")
+            lines.append(f"  {backend['name']:<20} not usable: {backend['reason']}. Mend it with: {backend['remedy']}")
     machine = facts["machine"]
     lines += ["", "Machine"]
     lines.append(f"  CPU     {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib'] or '?'} GiB")
     lines.append(f"          {' '.join(machine['features']) or 'features unknown'}")
-    lines += [f"  GPU     {gpu} (not used: this version has no GPU backend)" for gpu in machine["gpus"]]
+    lines += [f"  GPU     {gpu}" for gpu in machine["gpus"]]
     lines += ["  GPU     none (nvidia-smi finds no NVIDIA card)"] if not machine["gpus"] else []
     lines.append(f"  System  {machine['system']}, Python {machine['python']}")
     lines += ["", "Versions"]

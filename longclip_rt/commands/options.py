@@ -10,9 +10,21 @@ import click
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 # As in `longclip_rt.backends` and `longclip_rt.pca`, which are too heavy to import for a help text; tests compare them.
-BACKENDS = ("auto", "openvino", "onnxruntime", "torch")
+BACKENDS = (
+    "auto", "tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime-tensorrt", "openvino", "onnxruntime", "torch",
+)  # fmt: skip
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 PCA_MODES = ("project", "reconstruct")
+
+
+def gpu_numbers(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """Numbers of GPUs with commas between them; a callback of click's."""
+    if value is None:
+        return None
+    parts = value.split(",")
+    if not all(part.isascii() and part.isdigit() for part in parts) or len({int(part) for part in parts}) < len(parts):
+        raise click.BadParameter(f"{value!r} should be numbers of GPUs, each once, with commas between, such as 0,1")
+    return tuple(int(part) for part in parts)
 
 
 def runs_the_model(command: Function) -> Function:

@@ -238,6 +238,7 @@ class Flow:
             token_budget=self._batch_size * context_length,
             max_batch=self._options.batch_size or _TEXTS_PER_IMAGE * self._encoder.batch_size,
             max_length=context_length,
+            buckets=self._encoder.buckets,
         )
         shard.unfinished += len(batches)
         for batch in batches:

@@ -44,6 +44,10 @@ class Encoder(Protocol):
         """Text batches are padded to a multiple of this."""
 
     @property
+    def buckets(self) -> tuple[int, ...]:
+        """The lengths that text batches are padded to; empty where `pad_multiple` says it."""
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """Text to ids."""
 

@@ -71,6 +71,7 @@ class FakeEmbedder:
     concurrency = 2
     batch_size = 4
     pad_multiple = 4
+    buckets: tuple[int, ...] = ()
 
     def __init__(self, delay: float = 0.0, **description: str) -> None:
         self.tokenizer = FakeTokenizer()

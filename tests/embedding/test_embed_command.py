@@ -21,8 +21,8 @@ def loaded(tmp_path, monkeypatch) -> list[tuple]:
     Path("files.txt").write_text("# one is absent\ntexts.txt\nabsent.jpg\n")
     calls: list[tuple] = []
 
-    def from_bundle(path=None, backend="auto", precision="auto", pca=None, pca_mode="project"):
-        calls.append((path, backend, precision, pca, pca_mode))
+    def from_bundle(path=None, backend="auto", precision="auto", pca=None, pca_mode="project", devices=None):
+        calls.append((path, backend, precision, pca, pca_mode, devices))
         return FakeEmbedder()
 
     runtime = types.ModuleType("longclip_rt.runtime")
@@ -61,11 +61,11 @@ def test_rejects_make_the_status_one_unless_they_are_allowed():
 def test_options_reach_the_embedder_and_the_pipeline(loaded):
     result = run(
         *("texts.txt", "--texts", "-o", "out.npy", "--bundle", "model", "--backend", "openvino", "--precision", "bf16"),
-        *("--pca", "bundle", "--pca-mode", "reconstruct"),
+        *("--devices", "1,0", "--pca", "bundle", "--pca-mode", "reconstruct"),
         *("--batch-size", "1", "--workers", "1", "--no-truncate", "--dtype", "float16", "--shard-size", "1"),
     )
     assert result.exit_code == 0
-    assert loaded == [(Path("model"), "openvino", "bf16", "bundle", "reconstruct")]
+    assert loaded == [(Path("model"), "openvino", "bf16", "bundle", "reconstruct", (1, 0))]
     metadata = load_embeddings("out.npy").metadata
     expected = {"dtype": "float16", "truncate": "false", "batch_size": "1", "shard_size": "1"}
     assert {key: metadata["longclip_rt." + key] for key in expected} == expected

@@ -1,0 +1,55 @@
+"""The parity gate on the machine that serves: a backend against the bundle's own fp32 graphs on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from longclip_rt.backends import availability, open_backend
+from longclip_rt.bundle import TOKENIZER, Bundle, load_bundle
+from longclip_rt.errors import BackendError
+from longclip_rt.examples import example_photos, parity_texts
+from longclip_rt.export.verify import Check, Sample, reference_from_backend, verify_backend
+from longclip_rt.preprocess import ImageTransform
+from longclip_rt.tokenizer import Tokenizer
+
+
+def device_checks(
+    path: Path, backend: str = "auto", precision: str = "auto", devices: Sequence[int] | None = None
+) -> list[Check]:
+    """Runs the whole gate on a backend.
+
+    Args:
+        path: The bundle.
+        backend: As for `open_backend`.
+        precision: Likewise.
+        devices: Numbers of GPUs; each batch is run by one that is free.
+
+    Raises:
+        BackendError: The backend cannot be had, fails its self-check, or no CPU backend is there for the reference.
+        BundleError: There is no bundle, or it is damaged.
+    """
+    bundle = load_bundle(path)
+    opened = open_backend(bundle, backend, precision, devices)
+    try:
+        sample = sample_for(bundle)
+        reference_runtime = next((name for name in ("onnxruntime", "openvino") if availability(name).usable), None)
+        if reference_runtime is None:
+            raise BackendError("The gate needs OpenVINO or ONNX Runtime on the CPU. Install: pip install longclip-rt")
+        reference = reference_from_backend(open_backend(bundle, reference_runtime, "fp32"), sample)
+        if bundle.pca is not None:
+            reference = reference.with_pca(bundle.pca, bundle.manifest["pca"]["mode"])
+        return list(verify_backend(opened, sample, reference))
+    finally:
+        opened.close()
+
+
+def sample_for(bundle: Bundle) -> Sample:
+    """The gate's texts and photographs, as a bundle's tokenizer and image size make them."""
+    tokenizer = Tokenizer.from_file(bundle.file(TOKENIZER), bundle.architecture.context_length)
+    image = bundle.manifest["image"]
+    transform = ImageTransform(image["size"], tuple(image["mean"]), tuple(image["std"]))
+    tokens = [entry.ids for entry in tokenizer.encode(parity_texts(tokenizer))]
+    return Sample(tokens, np.stack([transform(photo) for photo in example_photos()]))

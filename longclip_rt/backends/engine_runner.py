@@ -1,0 +1,349 @@
+"""One tower's TensorRT engine on one GPU: batches in flight, copies that overlap with compute, CUDA graphs.
+
+Each of two slots has its own buffers and its own stream for copies; one stream computes. While one batch is computed,
+the next one is copied in and the last one out. Since one stream computes everything, there is one workspace.
+Nothing is allocated after opening but what TensorRT and the driver keep for captured graphs, whose number is bounded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections import deque
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longclip_rt.backends.base import INPUT_NAMES, Float32
+from longclip_rt.backends.device import Gpu, Pinned, gpu_errors
+from longclip_rt.backends.graph_cache import LIMIT, GraphCache
+from longclip_rt.backends.head_kernel import HeadFiles, HeadKernel, pca_name, states_name
+from longclip_rt.backends.profiles import SLOTS, Memory, Piece, Profile, Tensor, memory_for, pieces
+from longclip_rt.errors import BackendError
+
+
+@dataclass(frozen=True)
+class _Key:
+    """What a CUDA graph is of: the slot fixes the addresses, the rest the shapes."""
+
+    slot: int
+    profile: Profile
+    rows: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Captured:
+    """A graph, and the context that it was captured from: TensorRT wants one for each."""
+
+    graph: Any
+    context: Any
+
+
+@dataclass(eq=False)
+class _Slot:
+    """What one batch in flight uses: by profile and tensor, page-locked and device memory; and a stream for copies."""
+
+    number: int
+    stream: Any
+    pinned: dict[tuple[Profile, str], Pinned] = field(default_factory=dict)
+    device: dict[tuple[Profile, str], Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class _Flight:
+    """A piece that is under way: `done` is the event after its last copy."""
+
+    slot: _Slot
+    piece: Piece
+    done: Any
+
+
+class EngineRunner:
+    """Runs an engine; safe to call from several threads.
+
+    Args:
+        library: `tensorrt` or `tensorrt_rtx`, imported.
+        engine: A deserialised `ICudaEngine`.
+        gpu: Where it is.
+        tower: `text` or `image`.
+        head: The PCA head to launch after it, or None.
+        plan_bytes: Size of its plan, for the account of memory.
+        graphs: CUDA graphs kept at most; 0: none.
+
+    Raises:
+        BackendError: The engine is not one of this tower's, or its buffers cannot be allocated.
+    """
+
+    def __init__(
+        self,
+        library: Any,
+        engine: Any,
+        gpu: Gpu,
+        tower: str,
+        head: HeadFiles | None = None,
+        plan_bytes: int = 0,
+        graphs: int = LIMIT,
+    ) -> None:
+        self._library, self._engine, self._gpu, self._tower = library, engine, gpu, tower
+        self._input = INPUT_NAMES[tower]
+        tensors = _tensors(library, engine, tower)
+        self.profiles = _profiles(engine, self._input, tower)
+        if head is not None:
+            tensors = [*_with_head(tensors, tower, head), Tensor(pca_name(tower), (-1, head.k), 4, False)]
+        self._tensors = {tensor.name: tensor for tensor in tensors}
+        self._in_engine = [name for name in self._tensors if head is None or name != pca_name(tower)]
+        workspaces = [engine.get_device_memory_size_for_profile_v2(profile.index) for profile in self.profiles]
+        self.memory = memory_for(self.profiles, tensors, workspaces, plan_bytes)
+        self._launch = threading.Lock()
+        self._free: queue.LifoQueue[_Slot] = queue.LifoQueue()
+        self._slots: list[_Slot] = []
+        self._closed = False
+        self._graphs = GraphCache(self._capture, self._let_go, graphs)
+        self._contexts: dict[Profile, Any] = {}
+        self._head: HeadKernel | None = None
+        with gpu_errors(f"The {tower} engine, which needs {_mib(self.memory)} on GPU {gpu.number}, cannot be opened"):
+            self._allocate(head)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names that `run` takes."""
+        return tuple(tensor.name for tensor in self._tensors.values() if tensor.on_host and not tensor.is_input)
+
+    def _allocate(self, head: HeadFiles | None) -> None:
+        gpu = self._gpu
+        gpu.activate()
+        self._compute = gpu.stream()
+        self._workspace = gpu.allocate(max(self.memory.workspace, 1), self._compute)
+        self._head = None if head is None else HeadKernel(head, gpu, self._compute)
+        for number in range(SLOTS):
+            slot = _Slot(number, gpu.stream())
+            self._slots.append(slot)
+            for profile in self.profiles:
+                for tensor in self._tensors.values():
+                    size = tensor.bytes_for(profile)
+                    slot.device[profile, tensor.name] = gpu.allocate(size, self._compute)
+                    if tensor.on_host:
+                        slot.pinned[profile, tensor.name] = gpu.allocate_pinned(size, self._compute)
+        self._compute.sync()  # what was allocated on this stream is used on others
+        for profile in self.profiles:
+            self._contexts[profile] = self._context(profile)
+        for slot in reversed(self._slots):
+            self._free.put(slot)
+
+    def run(self, inputs: NDArray[Any], names: Sequence[str]) -> list[Float32]:
+        """Runs a batch of any size.
+
+        Args:
+            inputs: Token ids [B, S] int32, or pixels [B, 3, H, W] float32.
+            names: Out of `outputs`.
+
+        Returns:
+            One float32 array an output. States of every token are cut to the S of the input.
+
+        Raises:
+            BackendError: No profile holds the shape, the runner is closed, or the GPU failed.
+        """
+        length = inputs.shape[1] if self._tower == "text" else None
+        results = [self._result(name, len(inputs), length) for name in names]
+        flying: deque[_Flight] = deque()
+        with gpu_errors(f"GPU {self._gpu.number} failed on a {self._tower} batch {list(inputs.shape)}"):
+            self._gpu.activate()
+            try:
+                for piece in pieces(self.profiles, len(inputs), length):
+                    slot = self._take(flying, results, names)
+                    try:
+                        flying.append(self._start(slot, piece, inputs, names))
+                    except BaseException:
+                        self._free.put(slot)
+                        raise
+                while flying:
+                    self._finish(flying.popleft(), results, names)
+            finally:
+                for flight in flying:  # after an error: their slots must not be lost, nor used before they are done
+                    with contextlib.suppress(Exception):
+                        flight.done.sync()
+                    self._free.put(flight.slot)
+        return results
+
+    def _result(self, name: str, rows: int, length: int | None) -> Float32:
+        tensor = self._tensors[name]
+        return np.empty(tensor.shape_for(Profile(0, length, rows, rows), rows), np.float32)
+
+    def _take(self, flying: deque[_Flight], results: list[Float32], names: Sequence[str]) -> _Slot:
+        """A free slot. Own batches are finished before others are waited for, so that no two calls wait in a ring."""
+        while True:
+            try:
+                slot = self._free.get(block=not flying)
+            except queue.Empty:
+                self._finish(flying.popleft(), results, names)
+                continue
+            if self._closed:
+                self._free.put(slot)  # for whoever waits too
+                raise BackendError("The backend was closed while it was in use. Open it again.")
+            return slot
+
+    def _start(self, slot: _Slot, piece: Piece, inputs: NDArray[Any], names: Sequence[str]) -> _Flight:
+        """Fills the slot and enqueues all: copies in, the engine and the head, copies out."""
+        profile, rows, given = piece.profile, piece.rows, self._tensors[self._input]
+        shape = given.shape_for(profile, rows)
+        source = slot.pinned[profile, self._input]
+        filled = source.view(shape, inputs.dtype)
+        part = inputs[piece.start : piece.stop]
+        if part.shape != shape:  # what is left of an older batch must not reach the encoder
+            filled[...] = 0
+        filled[tuple(slice(0, size) for size in part.shape)] = part
+        with self._launch:
+            self._gpu.copy(slot.device[profile, self._input], source.buffer, filled.nbytes, slot.stream)
+            self._compute.wait(self._gpu.record(slot.stream))
+            key = _Key(slot.number, profile, rows)
+            captured = self._graphs.get(key)
+            if captured is None:
+                self._prepare(self._contexts[profile], key)
+                self._execute(self._contexts[profile], key, self._compute)
+            else:
+                captured.graph.launch(self._compute)
+            slot.stream.wait(self._gpu.record(self._compute))
+            for name in names:
+                tensor = self._tensors[name]
+                size = int(np.prod(tensor.shape_for(profile, rows))) * tensor.itemsize
+                self._gpu.copy(slot.pinned[profile, name].buffer, slot.device[profile, name], size, slot.stream)
+            return _Flight(slot, piece, self._gpu.record(slot.stream))
+
+    def _finish(self, flight: _Flight, results: list[Float32], names: Sequence[str]) -> None:
+        """Waits for a piece, copies its rows out of page-locked memory, and frees its slot."""
+        piece = flight.piece
+        try:
+            flight.done.sync()
+            for name, result in zip(names, results, strict=True):
+                shape = self._tensors[name].shape_for(piece.profile, piece.rows)
+                rows = flight.slot.pinned[piece.profile, name].view(shape, np.float32)[: piece.stop - piece.start]
+                result[piece.start : piece.stop] = rows[:, : result.shape[1]]
+        finally:
+            self._free.put(flight.slot)
+
+    def _context(self, profile: Profile) -> Any:
+        """A context for one profile that computes in the shared workspace."""
+        context = self._engine.create_execution_context(self._library.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if context is None:
+            raise BackendError(f"TensorRT gave no execution context for the {self._tower} engine. Free GPU memory.")
+        context.set_device_memory(int(self._workspace.handle), self._workspace.size)
+        self._check(
+            context.set_optimization_profile_async(profile.index, int(self._compute.handle)), f"profile {profile.index}"
+        )
+        self._compute.sync()
+        return context
+
+    def _prepare(self, context: Any, key: _Key) -> None:
+        """Tells a context the shape and the addresses of a slot."""
+        slot = self._slots[key.slot]
+        shape = self._tensors[self._input].shape_for(key.profile, key.rows)
+        self._check(context.set_input_shape(self._input, shape), f"the shape {list(shape)}")
+        for name in self._in_engine:
+            address = int(slot.device[key.profile, name].handle)
+            self._check(context.set_tensor_address(name, address), f"the address of {name}")
+
+    def _execute(self, context: Any, key: _Key, target: Any) -> None:
+        """Enqueues the engine and the head; `target` is the computing stream, or the builder that captures it."""
+        self._check(context.execute_async_v3(int(self._compute.handle)), "a batch (its log above says why)")
+        if self._head is not None:
+            device = self._slots[key.slot].device
+            states, reduced = (device[key.profile, name(self._tower)] for name in (states_name, pca_name))
+            self._head.launch(target, states, reduced, key.rows)
+
+    def _capture(self, key: Hashable) -> _Captured:
+        assert isinstance(key, _Key)
+        context = self._context(key.profile)
+        self._prepare(context, key)
+        # TensorRT finishes what a new shape changes in the next run, which therefore must not be the captured one.
+        self._execute(context, key, self._compute)
+        self._compute.sync()
+        graph = self._gpu.capture(self._compute, lambda builder: self._execute(context, key, builder))
+        return _Captured(graph, context)
+
+    def _let_go(self, captured: _Captured) -> None:
+        self._compute.sync()  # it may be running
+        captured.graph.close()
+
+    def _check(self, done: bool, what: str) -> None:
+        if not done:
+            raise BackendError(f"TensorRT refused {what} for the {self._tower} engine on GPU {self._gpu.number}.")
+
+    def close(self) -> None:
+        """Waits for the batches in flight and lets go of everything, in the order that CUDA wants. Twice is fine."""
+        with self._launch:
+            if self._closed:
+                return
+            self._closed = True
+        for _ in self._slots:
+            self._free.get()
+        with gpu_errors(f"GPU {self._gpu.number} failed while the {self._tower} engine was closed"):
+            self._gpu.activate()
+            self._compute.sync()
+            self._graphs.clear()
+            self._contexts.clear()
+            for buffer in self._buffers():
+                buffer.close(self._compute)
+            if self._head is not None:
+                self._head.close(self._compute)
+            self._compute.sync()
+            for slot in self._slots:
+                slot.stream.close()
+            self._compute.close()
+        self._engine = None
+        self._free.put(_Slot(-1, None))  # whoever still waits for a slot sees that it is closed
+
+    def _buffers(self) -> Iterator[Any]:
+        yield self._workspace
+        for slot in self._slots:
+            yield from slot.device.values()
+            yield from (pinned.buffer for pinned in slot.pinned.values())
+
+
+def _tensors(library: Any, engine: Any, tower: str) -> list[Tensor]:
+    tensors = []
+    for index in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(index)
+        kind = engine.get_tensor_dtype(name)
+        is_input = engine.get_tensor_mode(name) == library.TensorIOMode.INPUT
+        expected = library.DataType.FLOAT
+        if is_input and tower == "text":
+            expected = library.DataType.INT32
+        elif name == states_name(tower):
+            expected = library.DataType.HALF
+        if kind != expected:
+            raise BackendError(
+                f"The engine's {name} is {kind}, and should be {expected}. Build it from the bundle's own graphs: "
+                "longclip-rt engine build"
+            )
+        on_host = name != states_name(tower)
+        shape = tuple(engine.get_tensor_shape(name))
+        tensors.append(Tensor(name, shape, 4 if on_host else 2, is_input, on_host))
+    if [tensor.name for tensor in tensors if tensor.is_input] != [INPUT_NAMES[tower]]:
+        raise BackendError(f"The engine is not one of a {tower} tower. Build it with: longclip-rt engine build")
+    return tensors
+
+
+def _profiles(engine: Any, name: str, tower: str) -> tuple[Profile, ...]:
+    profiles = []
+    for index in range(engine.num_optimization_profiles):
+        least, _, most = (tuple(shape) for shape in engine.get_tensor_profile_shape(name, index))
+        profiles.append(Profile(index, most[1] if tower == "text" else None, least[0], most[0]))
+    return tuple(profiles)
+
+
+def _with_head(tensors: list[Tensor], tower: str, head: HeadFiles) -> list[Tensor]:
+    states = next((tensor for tensor in tensors if tensor.name == states_name(tower)), None)
+    if states is None or states.shape[1:] != (head.width,):
+        raise BackendError(
+            f"The engine does not hand out the states [B, {head.width}] that the PCA head beside it reads. Build it "
+            "again with: longclip-rt engine build"
+        )
+    return tensors
+
+
+def _mib(memory: Memory) -> str:
+    return f"{memory.on_device / 2**20:,.0f} MiB"
