@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from longclip_rt.backends.head_kernel import HEAD_KERNEL, HEAD_OPERATORS, HEAD_PLUGIN, copy_head, head_archs
 from longclip_rt.backends.profiles import Profile
 from longclip_rt.bundle import TOWERS, Bundle
 from longclip_rt.engines import (
@@ -26,11 +27,15 @@ from longclip_rt.engines import (
 )
 from longclip_rt.errors import BundleError, EngineError
 from longclip_rt.export.engine_plan import PlanRequest, build_plan
+from longclip_rt.export.head_graph import plugin_graph_name
 from longclip_rt.files import output_errors
 from longclip_rt.machine import cuda_devices
 from longclip_rt.version import __version__
 
 logger = logging.getLogger("longclip_rt")
+
+WITH_PLUGINS = ("tensorrt",)
+"""Libraries that take plug-ins written in Python; TensorRT-RTX 1.7 ships without them."""
 
 EVERY = "all"
 """Instead of architectures: every one that the library builds for."""
@@ -172,6 +177,35 @@ class BuiltEngine:
     built: bool
 
 
+def has_plugin_graphs(bundle: Bundle) -> bool:
+    """Whether the bundle was exported with the PCA as a plug-in (`--pca-in-engine`)."""
+    return all(bundle.file(plugin_graph_name(tower)).is_file() for tower in TOWERS)
+
+
+def head_for(bundle: Bundle, library: str, arch: int, precision: str) -> str:
+    """What computes the PCA of an engine's embeddings.
+
+    Args:
+        bundle: The model.
+        library: `tensorrt` or `tensorrt-rtx`.
+        arch: Compute capability times ten.
+        precision: Of the graphs.
+
+    Returns:
+        One of `backends.head_kernel.HEADS`: the plug-in where the bundle was exported with it and the library has
+        plug-ins in Python, else the kernel where one was compiled for the architecture; empty without a PCA.
+
+    Raises:
+        BackendError: The bundle's head is damaged.
+    """
+    if not bundle.manifest.get("pca"):
+        return ""
+    archs = head_archs(bundle.path) if precision == "fp16" else ()
+    if archs and library in WITH_PLUGINS and has_plugin_graphs(bundle):
+        return HEAD_PLUGIN
+    return HEAD_KERNEL if arch in archs else HEAD_OPERATORS
+
+
 def build_engines(
     bundle: Bundle,
     builders: Builders,
@@ -201,9 +235,11 @@ def build_engines(
         )
     results = []
     for number, arch in enumerate(builders.archs):
+        head = head_for(bundle, builders.backend, arch, options.precision)
+        chosen = options.for_key(bundle.architecture.context_length) | ({"pca_head": head} if head else {})
         key = EngineKey(
             builders.backend, str(builders.library.__version__), builders.gpu, (arch,), options.precision,
-            graph_hashes(bundle, options.precision), options.for_key(bundle.architecture.context_length),
+            graph_hashes(bundle, options.precision), chosen,
         )  # fmt: skip
         there = next((engine for engine in engines_of(bundle)[0] if engine.key == key), None)
         built = there is None or not missing or bool(there.damage())
@@ -225,7 +261,7 @@ def _build_engine(
 ) -> None:
     home = bundle.path / ENGINES
     target, staging, old = (home / name for name in (key.name, f".{key.name}.{os.getpid()}", f".{key.name}.old"))
-    timings = _timings(bundle, key)
+    timings, head = _timings(bundle, key), str(key.options.get("pca_head", ""))
     with output_errors(target):
         staging.mkdir(parents=True)
         try:
@@ -235,7 +271,7 @@ def _build_engine(
                     builders.library, bundle, tower, options.precision,
                     options.profiles(tower, bundle.architecture.context_length), key.archs[0],
                     key.archs[0] in builders.here, options.optimization_level,
-                    None if options.workspace_mib is None else options.workspace_mib << 20,
+                    None if options.workspace_mib is None else options.workspace_mib << 20, head,
                 )  # fmt: skip
                 share = _share(report, number, len(TOWERS), tower)
                 # The image tower, and every bucket, begins with what was measured before it.
@@ -244,6 +280,9 @@ def _build_engine(
                 if made.changed_nodes:
                     logger.debug("%s: took softmax_precision out of %d Attention nodes", tower, made.changed_nodes)
             (staging / TIMING_CACHE).write_bytes(timings)
+            if head == HEAD_KERNEL:
+                copied = copy_head(bundle.path, staging, key.archs)
+                assert copied
             created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
             write_engine_manifest(staging, key, {"created": created, "longclip_rt": __version__, "towers": facts})
             # Engines are opened whole: the old one stays until the new one is there.

@@ -10,6 +10,7 @@ from typing import Any
 from longclip_rt.engine_messages import meaning
 from longclip_rt.errors import EngineError
 from longclip_rt.export.engine_progress import BuildLog
+from longclip_rt.export.head_graph import with_head_states
 from longclip_rt.extras import require
 
 # What may not compute in fp32; the patches of the image tower are a convolution.
@@ -48,8 +49,13 @@ class TensorrtGraph:
     decomposable: int
 
 
-def tensorrt_graph(path: Path) -> TensorrtGraph:
+def tensorrt_graph(path: Path, states_of: str = "") -> TensorrtGraph:
     """Reads a graph and makes two changes that TensorRT needs; the file stays as it is.
+
+    Args:
+        path: The graph's file.
+        states_of: A tower whose graph is to hand out pooled states in the place of their PCA, for the kernel behind the
+            engine; empty for the graph as it is.
 
     The parser refuses the attribute `softmax_precision` of `Attention`, with which the export asks ONNX Runtime and
     OpenVINO for an fp32 softmax. It is taken out. How TensorRT's fused attention rounds inside is said nowhere, so the
@@ -61,6 +67,7 @@ def tensorrt_graph(path: Path) -> TensorrtGraph:
 
     Raises:
         EngineError: The file is no ONNX graph.
+        ExportError: States were asked for, and the graph has no PCA.
         MissingExtraError: onnx is not installed.
     """
     onnx = require("onnx", "rtx")
@@ -69,6 +76,8 @@ def tensorrt_graph(path: Path) -> TensorrtGraph:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's class of a damaged message is not public
         raise EngineError(f"{path} cannot be read as an ONNX graph ({error}). Export or copy it again.") from error
+    if states_of:
+        with_head_states(model, states_of)
     kinds = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
     changed = decomposable = 0
     for node in model.graph.node:
@@ -85,7 +94,7 @@ def tensorrt_graph(path: Path) -> TensorrtGraph:
 
 
 def network_from_graph(
-    library: Any, builder: Any, logger: Any, log: BuildLog, graph: bytes, path: Path
+    library: Any, builder: Any, logger: Any, log: BuildLog, graph: bytes, path: Path, plugins: bool = False
 ) -> tuple[Any, Any]:
     """Parses a graph into a strongly typed network.
 
@@ -96,6 +105,7 @@ def network_from_graph(
         log: What that fills.
         graph: The content of what `tensorrt_graph` gave.
         path: Where the graph's file is, for messages and for weights beside it.
+        plugins: Whether it holds plug-ins in Python, of which the code compiled ahead of time is to be taken.
 
     Returns:
         The network and its parser, which must live as long as the network: it owns the weights.
@@ -104,7 +114,10 @@ def network_from_graph(
         EngineError: The parser refuses the graph; the message names the nodes.
     """
     flags = library.NetworkDefinitionCreationFlag
-    network = builder.create_network(1 << int(flags.STRONGLY_TYPED))
+    wanted = 1 << int(flags.STRONGLY_TYPED)
+    if plugins:
+        wanted |= 1 << int(flags.PREFER_AOT_PYTHON_PLUGINS)
+    network = builder.create_network(wanted)
     if network is None:
         raise EngineError(f"{library.__name__} could not make a network: {log.reason()}.")
     try:

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from longclip_rt.backends.base import INPUT_NAMES
+from longclip_rt.backends.head_kernel import HEAD_KERNEL, HEAD_PLUGIN
 from longclip_rt.backends.profiles import Profile
 from longclip_rt.bundle import Bundle
 from longclip_rt.errors import EngineError
 from longclip_rt.export.engine_network import NetworkFacts, gate, network_facts, network_from_graph, tensorrt_graph
 from longclip_rt.export.engine_progress import BuildLog, Interruption, Report, logger_for, monitor_for
+from longclip_rt.export.head_graph import plugin_graph_name
+from longclip_rt.export.plugin import ensure_pca_head
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class PlanRequest:
         here: Whether a GPU of this machine can load the plan.
         optimization_level: 0 to 5; None for the library's own.
         workspace: Bytes that a layer may compute in; None for the library's own limit.
+        head: What computes the PCA of the embeddings: one of `backends.head_kernel.HEADS`, or empty without a PCA.
     """
 
     library: Any
@@ -43,6 +47,14 @@ class PlanRequest:
     here: bool
     optimization_level: int | None = None
     workspace: int | None = None
+    head: str = ""
+
+    @property
+    def graph(self) -> Path:
+        """The file that it is built from."""
+        if self.head == HEAD_PLUGIN:
+            return self.bundle.file(plugin_graph_name(self.tower))
+        return self.bundle.onnx(self.tower, self.precision)
 
     def shape(self, rows: int, length: int | None) -> tuple[int, ...]:
         """The input's shape: ids [rows, length], or pixels [rows, 3, H, W]."""
@@ -132,9 +144,11 @@ def _build_plan(
         builder = library.Builder(logger)
     except (TypeError, RuntimeError) as error:  # the bindings' way of passing on a null pointer
         raise EngineError(f"{library.__name__} does not start: {log.reason()}.") from error
-    path = bundle.onnx(request.tower, request.precision)
-    graph = tensorrt_graph(path)
-    network, parser = network_from_graph(library, builder, logger, log, graph.content, path)
+    path, plugins = request.graph, request.head == HEAD_PLUGIN
+    graph = tensorrt_graph(path, request.tower if request.head == HEAD_KERNEL else "")
+    if plugins:
+        ensure_pca_head(library, request.arch)
+    network, parser = network_from_graph(library, builder, logger, log, graph.content, path, plugins)
     interruption.raise_it()
     changed, decomposable = graph.changed, graph.decomposable
     del graph

@@ -28,7 +28,7 @@ from longclip_rt.backends.head_kernel import (
     weights_file,
 )
 from longclip_rt.bundle import Bundle
-from longclip_rt.export.head_graph import with_head_plugin, with_head_states
+from longclip_rt.export.head_graph import plugin_graph_name, with_head_plugin, with_head_states
 from longclip_rt.export.verify import LIMITS, LOOSEST, Check, Reference, Sample
 from longclip_rt.files import output_errors
 from longclip_rt.pca import EPS, Pca
@@ -131,11 +131,6 @@ def _compiled(k: int, architectures: Sequence[int]) -> Iterator[tuple[Compiled, 
             yield compiled, rows[compiled.config]
     if left := sorted(set(architectures) - fitting):
         raise KernelError(f"The PCA head needs more than {LARGEST_SHARED >> 10} KiB of shared memory on sm_{left[0]}.")
-
-
-def plugin_graph_name(tower: str) -> str:
-    """The file of a tower's fp16 graph with the plug-in in it, which only TensorRT reads."""
-    return f"{tower}.fp16.plugin.onnx"
 
 
 def write_plugin_graphs(bundle: Bundle, arch: int) -> None:

@@ -3,20 +3,58 @@
 An option (`export --pca-in-engine`). By default the same kernel is launched after the engine on the same stream, since
 plug-ins with changing shapes leak device memory in some versions (NVIDIA/TensorRT#4849, open for 11.1 and 11.2).
 
-The engine's build and run must both have called `register_pca_head`. With both implementations there, a network that
-uses the plug-in is created with `NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS`.
+A build must have called `register_pca_head`, and creates its network with PREFER_AOT_PYTHON_PLUGINS, since both
+implementations are there. What was compiled ahead of time is then a part of the plan, and running it needs neither the
+registration nor Triton.
 """
 
 # No postponed annotations in this file: TensorRT reads those of the functions below, as objects.
 
+import importlib
 from typing import Any
 
 from longclip_rt.backends.head_kernel import LARGEST_SHARED
-from longclip_rt.errors import KernelError
+from longclip_rt.errors import EngineError, KernelError
 from longclip_rt.export.head_graph import PLUGIN_NAME, PLUGIN_NAMESPACE
+from longclip_rt.extras import require
 
 PLUGIN = f"{PLUGIN_NAMESPACE}::{PLUGIN_NAME}"
 """The name in TensorRT's registry."""
+
+# TensorRT's registry is one for the whole process: package -> the architecture that it compiles the plug-in for.
+_registered: dict[str, int] = {}
+
+
+def ensure_pca_head(library: Any, arch: int) -> None:
+    """Registers the plug-in, unless this process did so before.
+
+    Args:
+        library: `tensorrt`, imported.
+        arch: Compute capability times ten of the GPU that engines are built for.
+
+    Raises:
+        EngineError: The library has no plug-ins in Python, or this process builds for another GPU already.
+        MissingExtraError: Triton or torch is not installed, which compile the plug-in.
+    """
+    package = str(library.__name__)
+    if package in _registered:
+        if _registered[package] != arch:
+            raise EngineError(
+                f"This process compiles the plug-in {PLUGIN} for sm_{_registered[package]}, and cannot for sm_{arch} "
+                "too. Build each GPU's engines in a process of its own."
+            )
+        return
+    for module in ("torch", "triton"):
+        require(module, "export")
+    try:
+        plugins = importlib.import_module(f"{package}.plugin")
+    except ImportError as error:
+        raise EngineError(
+            f"{package} {library.__version__} has no plug-ins in Python ({error}). Export the bundle without "
+            "--pca-in-engine."
+        ) from error
+    register_pca_head(library, plugins, arch)
+    _registered[package] = arch
 
 
 def register_pca_head(library: Any, plugins: Any, arch: int) -> None:

@@ -41,6 +41,28 @@ def tiny_bundle(tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return out
 
 
+@pytest.fixture(scope="session")
+def pca_bundle(tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model with a PCA of 8 components, as operators, as kernels and as a plug-in; tests must not change it."""
+    import numpy as np
+
+    from longclip_rt.export import exporter
+    from longclip_rt.pca import Basis, Pca, save_pca
+
+    folder = tmp_path_factory.mktemp("pca bundles")
+    rng = np.random.default_rng(0)
+    basis, _ = np.linalg.qr(rng.standard_normal((32, 32)))
+    mean, variances = 0.01 * rng.standard_normal(32), np.linspace(2, 1, 32)
+    save_pca(Pca({"joint": Basis(mean, basis[:, :8], variances, 100)}), folder / "pca.safetensors")
+    pca, texts = folder / "pca.safetensors", exporter.parity_texts
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporter, "parity_texts", lambda tokenizer: texts(tokenizer)[::6])
+        patch.setattr(exporter, "_runtimes", lambda fp16: [("onnxruntime", "fp32")])  # the others have their own tests
+        options = exporter.ExportOptions(str(tiny_weights), folder / "bundle", True, pca=pca, pca_in_engine=True)
+        exporter.export_bundle(options)
+    return folder / "bundle"
+
+
 @pytest.fixture(scope="session", autouse=True)
 def ctrl_c_arrives() -> None:
     """Lets SIGINT reach programs that tests start: a shell's background job, as CI may be, inherits it ignored."""

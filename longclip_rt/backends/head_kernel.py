@@ -22,6 +22,14 @@ from longclip_rt.files import output_errors, write_text_atomically
 KERNELS = "pca_head.json"
 """What a launch needs to know of each cubin beside it, and which PCA the head is of."""
 
+HEAD_KERNEL, HEAD_PLUGIN, HEAD_OPERATORS = "kernel", "plugin", "operators"
+HEADS = {
+    HEAD_KERNEL: "a kernel behind the engine, on its stream and in its CUDA graphs",
+    HEAD_PLUGIN: "the plug-in longclip::pca_head in the engine",
+    HEAD_OPERATORS: "operators of the graph; vectors are reduced in float64 on the CPU instead",
+}
+"""What computes the PCA of an engine's embeddings, as its key names it, and in words."""
+
 FORMAT_VERSION = 1
 WARP = 32
 # More needs an attribute of the kernel that cuda.core cannot set; the head's configurations stay below.
@@ -162,6 +170,21 @@ def load_head(folder: Path, tower: str, arch: int) -> HeadFiles | None:
                 f"{LARGEST_SHARED >> 10} KiB of shared memory. {again}"
             )
     return head
+
+
+def head_archs(folder: Path) -> tuple[int, ...]:
+    """Compute capabilities times ten that a folder's head was compiled for; none where it has no head.
+
+    Raises:
+        BackendError: The head is damaged.
+    """
+    if not (folder / KERNELS).is_file():
+        return ()
+    try:
+        codes = json.loads((folder / KERNELS).read_text(encoding="utf-8"))["codes"]
+        return tuple(sorted({int(code["arch"]) for code in codes}))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BackendError(f"The PCA head in {folder} cannot be read: {error}. Export the bundle again.") from error
 
 
 def copy_head(source: Path, target: Path, archs: Collection[int]) -> bool:

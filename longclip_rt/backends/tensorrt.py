@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from longclip_rt.backends.base import INPUT_NAMES, Backend, Float32
 from longclip_rt.backends.device import Gpu
 from longclip_rt.backends.engine_runner import EngineRunner
-from longclip_rt.backends.head_kernel import KERNELS, load_head
+from longclip_rt.backends.head_kernel import HEAD_PLUGIN, KERNELS, load_head
 from longclip_rt.backends.profiles import SLOTS, bucket_lengths
 from longclip_rt.bundle import Bundle
 from longclip_rt.engine_messages import meaning
@@ -72,7 +72,9 @@ class TensorrtBackend(Backend):
 
     @property
     def fused_pca(self) -> str:
-        """SHA-256 of the PCA that the kernel beside the engine computes; empty where there is none."""
+        """SHA-256 of the PCA that the engine's plug-in or the kernel behind it computes; empty where there is none."""
+        if self.engine.key.options.get("pca_head") == HEAD_PLUGIN:
+            return str(self.bundle.manifest["pca"]["sha256"])
         if not (self.engine.path / KERNELS).is_file():
             return ""
         head = load_head(self.engine.path, "text", self._gpu.arch)

@@ -76,10 +76,16 @@ def built_with_a_bar(
     """Builds with a bar on stderr, and prints the summary there."""
     from tqdm import tqdm
 
-    from longclip_rt.export.engine import build_engines
+    from longclip_rt.export.engine import WITH_PLUGINS, build_engines, has_plugin_graphs
 
     if builders.passed_over:
         click.echo(f"Building with {builders.backend}, since: {builders.passed_over}", err=True)
+    if has_plugin_graphs(bundle) and builders.backend not in WITH_PLUGINS:
+        click.echo(
+            f"The bundle was exported with the PCA as a plug-in, which {builders.backend} does not take from Python: "
+            "its engines get the kernel behind them.",
+            err=True,
+        )
     with tqdm(total=100, bar_format="{l_bar}{bar:20}| [{elapsed}] {desc}") as bar:
 
         def report(stage: str, done: float) -> None:
@@ -96,10 +102,14 @@ def built_with_a_bar(
 
 def summary(result: BuiltEngine) -> list[str]:
     """What was built: attention, precision, size, time, memory per profile, and layers by type and precision."""
+    from longclip_rt.backends.head_kernel import HEADS
+
     engine = result.engine
     if not result.built:
         return [f"{engine.path.name}: kept, it was there already"]
     lines = [f"{engine.path.name}: {engine.key.library} {engine.key.version}"]
+    if head := engine.key.options.get("pca_head"):
+        lines.append(f"  PCA: {HEADS[head]}")
     for tower, facts in engine.towers.items():
         kept = f" ({facts['kept_fp32']} blocks kept in it)" if facts["kept_fp32"] else ""
         lines.append(

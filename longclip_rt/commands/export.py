@@ -47,7 +47,7 @@ DEFAULT_WEIGHTS = "BeichenZhang/LongCLIP-B"
 @click.option(
     "--pca-in-engine",
     is_flag=True,
-    help="Add fp16 graphs with the PCA as TensorRT's plug-in longclip::pca_head. Without: a kernel after the engine.",
+    help="Build TensorRT engines with the PCA as the plug-in longclip::pca_head. Without: a kernel behind the engine.",
 )
 @click.option(
     "--engine",
@@ -94,9 +94,11 @@ def export(
     require("torch", "export")
     from tqdm import tqdm
 
-    from longclip_rt.errors import EngineError
+    from longclip_rt.errors import EngineError, ExportError
     from longclip_rt.export.exporter import ExportOptions, ParityError, export_bundle, stages
 
+    if pca_in_engine and engine == "tensorrt-rtx":
+        raise ExportError("TensorRT-RTX takes no plug-ins from Python. Leave --pca-in-engine out, or --engine.")
     builders, why_none = _builders(engine, archs, fp16)
     options = ExportOptions(weights, out, fp16, outputs, activation, pca, pca_mode, pca_in_engine)
     with tqdm(total=stages(options), bar_format="{l_bar}{bar:20}| {n}/{total} [{elapsed}] {desc}") as bar:

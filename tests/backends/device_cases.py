@@ -42,7 +42,7 @@ def log(pattern: str = "") -> list[str]:
     return [line for line in DRIVER.imitated_log().decode().splitlines() if re.search(pattern, line)]
 
 
-def text_engine(head: bool = False) -> Engine:
+def text_engine(head: bool = False, plugin: bool = False) -> Engine:
     tensors = [
         TensorInfo("input_ids", (FREE, FREE), real.DataType.INT32, is_input=True),
         TensorInfo("text_embeds", (FREE, DIM)),
@@ -50,6 +50,8 @@ def text_engine(head: bool = False) -> Engine:
     ]
     if head:
         tensors.append(TensorInfo("text_head_states", (FREE, WIDTH), real.DataType.HALF))
+    if plugin:
+        tensors.append(TensorInfo("text_pca", (FREE, 5)))
     return Engine(DRIVER, tensors, [((1, 1), (4, 8)), ((2, 1), (6, 20))])
 
 

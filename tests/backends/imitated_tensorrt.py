@@ -184,7 +184,7 @@ class Context:
 
 
 def library(engines: dict[bytes, Callable[[], Engine]]) -> SimpleNamespace:
-    """What stands for the imported `tensorrt` or `tensorrt_rtx`: its real enumerations, and a runtime that knows some plans."""
+    """What stands for the imported package: its real enumerations, and a runtime that knows some plans."""
 
     class Runtime:
         def __init__(self, logger: Any) -> None:

@@ -34,7 +34,10 @@ ARCHITECTURE = Architecture(
 @pytest.fixture
 def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
     """A bundle with an engine whose plans the imitated library knows; its vectors are not of length 1."""
-    plans = {b"text plan": text_engine, b"image plan": image_engine, b"head plan": lambda: text_engine(head=True)}
+    plans = {
+        b"text plan": text_engine, b"image plan": image_engine, b"head plan": lambda: text_engine(head=True),
+        b"plugin plan": lambda: text_engine(plugin=True),
+    }  # fmt: skip
     library = imitated.library(plans)
     monkeypatch.setitem(sys.modules, imitated.PACKAGE, library)
     files = {f"{tower}.fp16.onnx": {"sha256": tower, "size": 0} for tower in ("text", "image")}
@@ -113,7 +116,7 @@ def test_no_engine_a_damaged_plan_and_an_unreadable_one(bundle: Bundle, caplog: 
     with pytest.raises(BackendError, match=rf"no {KIND.name} engine in fp32 for Imitated GPU.*computes in fp16"):
         KIND(bundle, "fp32")
     folder = put_engine(bundle, b"plan of another version")
-    with pytest.raises(BackendError, match=r"cannot load .*text\.plan: the library said: the plan is not what it should be\."):
+    with pytest.raises(BackendError, match=r"cannot load .*text\.plan: the library said: the plan is not what"):
         KIND(bundle, "fp16").encode_text(ids(2, 5))
     assert "TensorRT: the plan is not what it should be" in caplog.text
     (folder / "text.plan").write_bytes(b"text plan")
@@ -128,6 +131,16 @@ def test_without_the_library_a_sentence_says_so(bundle: Bundle, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(BackendError, match=r"pip install tensorrt-rtx"):
         TensorrtRtxBackend(bundle, "fp16")
+
+
+def test_the_plugin_in_the_engine_gives_the_pca(bundle: Bundle) -> None:
+    put_engine(bundle, b"plugin plan", options={"pca_head": "plugin"})
+    made = Bundle(bundle.path, {**bundle.manifest, "pca": {"sha256": "def"}})
+    backend = KIND(made, "fp16")
+    assert backend.fused_pca == "def"
+    batch = ids(9, 7)
+    np.testing.assert_array_equal(backend.run("text", batch, ["text_pca"])[0], expected(batch, 5))
+    backend.close()
 
 
 def test_the_head_beside_the_engine_gives_the_pca(bundle: Bundle) -> None:

@@ -184,6 +184,48 @@ def test_the_gate(world: World, bundle: Bundle) -> None:
         built(bundle)
 
 
+if BACKEND == "tensorrt":
+
+    class Registry:
+        """Stands for TensorRT's registry, which is a null pointer here."""
+
+        def __init__(self) -> None:
+            self.names: list[str] = []
+
+        def register_creator(self, creator: Any, plugin_namespace: str) -> bool:
+            self.names.append(f"{plugin_namespace}::{creator.name}")
+            return True
+
+        def get_creator(self, name: str, version: str, plugin_namespace: str) -> Any:
+            return None
+
+    def test_the_plugin_is_registered_and_its_code_wanted(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A bundle with the plug-in graphs, whose PCA TensorRT computes inside the engine."""
+        from longclip_rt.export import plugin
+
+        registry = Registry()
+        monkeypatch.setattr(REAL, "get_plugin_registry", lambda: registry)
+        monkeypatch.setitem(sys.modules, "tensorrt", REAL)
+        importlib.import_module("tensorrt.plugin")  # TensorRT's own Python code, over its real classes
+        monkeypatch.setitem(sys.modules, "tensorrt", Library(world, "tensorrt"))
+        monkeypatch.setattr(plugin, "_registered", {})
+        bundle = load_bundle(os.environ["PCA_BUNDLE"])
+        blocks = {"text": 3, "image": 2}
+        towers = iter(blocks.values())
+        world.answers["OnnxParser.parse"] = lambda parser, graph, path: (
+            world.answers.update(network_of(world, BLOCK * next(towers))) or True
+        )
+        (result,) = build_engines(bundle, choose_builders(BACKEND), EngineOptions("fp16", (32,), (2,)))
+        assert result.engine.key.options["pca_head"] == "plugin"
+        assert registry.names == ["longclip::pca_head"]
+        flags = REAL.NetworkDefinitionCreationFlag
+        wanted = 1 << int(flags.STRONGLY_TYPED) | 1 << int(flags.PREFER_AOT_PYTHON_PLUGINS)
+        assert [arguments for name, arguments in world.calls if name == "Builder.create_network"] == [(wanted,)] * 2
+        parsed = [arguments for name, arguments in world.calls if name == "OnnxParser.parse"]
+        assert [Path(path).name for _, path in parsed] == ["text.fp16.plugin.onnx", "image.fp16.plugin.onnx"]
+        assert not (result.engine.path / "pca_head.json").exists()
+
+
 def lines_run(run: Any) -> dict[str, set[int]]:
     """File -> lines of the builder that ran."""
     files = {module.__file__ for module in (engine, engine_plan, engine_network)}
