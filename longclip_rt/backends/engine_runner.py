@@ -22,6 +22,7 @@ from longclip_rt.backends.base import INPUT_NAMES, Float32
 from longclip_rt.backends.device import Gpu, Pinned, gpu_errors
 from longclip_rt.backends.graph_cache import LIMIT, GraphCache
 from longclip_rt.backends.head_kernel import HeadFiles, HeadKernel, pca_name, states_name
+from longclip_rt.backends.jit_kernels import JitKernels
 from longclip_rt.backends.profiles import SLOTS, Memory, Piece, Profile, Tensor, memory_for, pieces
 from longclip_rt.errors import BackendError
 
@@ -73,6 +74,7 @@ class EngineRunner:
         head: The PCA head to launch after it, or None.
         plan_bytes: Size of its plan, for the account of memory.
         graphs: CUDA graphs kept at most; 0: none.
+        kernels: TensorRT-RTX's, which compiles where it runs; None with TensorRT.
 
     Raises:
         BackendError: The engine is not one of this tower's, or its buffers cannot be allocated.
@@ -87,9 +89,10 @@ class EngineRunner:
         head: HeadFiles | None = None,
         plan_bytes: int = 0,
         graphs: int = LIMIT,
+        kernels: JitKernels | None = None,
     ) -> None:
         self._library, self._engine, self._gpu, self._tower = library, engine, gpu, tower
-        self._input = INPUT_NAMES[tower]
+        self._input, self._kernels = INPUT_NAMES[tower], kernels
         tensors = _tensors(library, engine, tower)
         self.profiles = _profiles(engine, self._input, tower)
         if head is not None:
@@ -225,9 +228,12 @@ class EngineRunner:
         finally:
             self._free.put(flight.slot)
 
-    def _context(self, profile: Profile) -> Any:
+    def _context(self, profile: Profile, captured: bool = False) -> Any:
         """A context for one profile that computes in the shared workspace."""
-        context = self._engine.create_execution_context(self._library.ExecutionContextAllocationStrategy.USER_MANAGED)
+        how: Any = self._library.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self._kernels is not None:
+            how = self._kernels.config(captured)
+        context = self._engine.create_execution_context(how)
         if context is None:
             raise BackendError(f"TensorRT gave no execution context for the {self._tower} engine. Free GPU memory.")
         context.set_device_memory(int(self._workspace.handle), self._workspace.size)
@@ -256,7 +262,7 @@ class EngineRunner:
 
     def _capture(self, key: Hashable) -> _Captured:
         assert isinstance(key, _Key)
-        context = self._context(key.profile)
+        context = self._context(key.profile, captured=True)
         self._prepare(context, key)
         # TensorRT finishes what a new shape changes in the next run, which therefore must not be the captured one.
         self._execute(context, key, self._compute)
@@ -285,6 +291,9 @@ class EngineRunner:
             self._compute.sync()
             self._graphs.clear()
             self._contexts.clear()
+            if self._kernels is not None:
+                self._kernels.save()
+                self._kernels = None
             for buffer in self._buffers():
                 buffer.close(self._compute)
             if self._head is not None:

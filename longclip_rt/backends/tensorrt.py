@@ -15,8 +15,9 @@ from longclip_rt.backends.base import INPUT_NAMES, Backend, Float32
 from longclip_rt.backends.device import Gpu
 from longclip_rt.backends.engine_runner import EngineRunner
 from longclip_rt.backends.head_kernel import HEAD_PLUGIN, KERNELS, load_head
+from longclip_rt.backends.jit_kernels import JitKernels
 from longclip_rt.backends.profiles import SLOTS, bucket_lengths
-from longclip_rt.bundle import Bundle
+from longclip_rt.bundle import Bundle, bundles_home
 from longclip_rt.engine_messages import meaning
 from longclip_rt.engines import Target, find_engine, import_library, plan_name
 from longclip_rt.errors import BackendError
@@ -99,7 +100,8 @@ class TensorrtBackend(Backend):
                         f"{self.name} {self.version} cannot load {self.engine.path / plan_name(tower)}: "
                         f"{meaning(self._logger.errors)}."
                     )
-                runner = EngineRunner(self._library, engine, self._gpu, tower, head, len(plan))
+                kernels = self._jit_kernels(engine, tower)
+                runner = EngineRunner(self._library, engine, self._gpu, tower, head, len(plan), kernels=kernels)
                 memory = runner.memory
                 logger.info(
                     "%s engine: %.0f MiB on GPU %d (weights %.0f, workspace %.0f, buffers %.0f), %.0f MiB page-locked",
@@ -108,6 +110,9 @@ class TensorrtBackend(Backend):
                 )  # fmt: skip
                 self._runners[tower] = runner
             return self._runners[tower]
+
+    def _jit_kernels(self, engine: Any, tower: str) -> JitKernels | None:
+        return None
 
     def _started(self) -> Any:
         try:
@@ -138,6 +143,11 @@ class TensorrtRtxBackend(TensorrtBackend):
     """The same with TensorRT-RTX, whose engines run on every card of their architectures."""
 
     name = "tensorrt-rtx"
+
+    def _jit_kernels(self, engine: Any, tower: str) -> JitKernels:
+        # Never in the bundle, which may be read-only, and be on many machines.
+        folder = bundles_home().parent / self.name / self.engine.path.name
+        return JitKernels(self._library, engine, folder / f"{tower}.{self._gpu.name.replace(' ', '-')}.kernels")
 
 
 def _logger(library: Any) -> Any:

@@ -70,6 +70,11 @@ class Checked:
 
         return call
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        member = inspect.getattr_static(self.real_class, name)
+        assert isinstance(member, property) and member.fset, f"{name} cannot be set in TensorRT"
+        setattr(self.imitation, name, value)
+
 
 @dataclass
 class TensorInfo:
@@ -89,6 +94,7 @@ class Engine:
     tensors: list[TensorInfo]
     profiles: list[tuple[tuple[int, ...], tuple[int, ...]]]  # least and most shapes of the input
     refuse: set[str] = field(default_factory=set)
+    created: list[str] = field(default_factory=list)  # how TensorRT-RTX's contexts compile
     contexts: weakref.WeakSet[Context] = field(default_factory=weakref.WeakSet)
 
     @property
@@ -121,13 +127,65 @@ class Engine:
     def get_device_memory_size_for_profile_v2(self, profile_index: int) -> int:
         return WORKSPACE - profile_index
 
+    def create_runtime_config(self) -> Checked:
+        return Checked(RuntimeConfig(self), real.IRuntimeConfig)
+
     def create_execution_context(self, strategy: Any) -> Checked | None:
+        if isinstance(strategy, Checked):
+            strategy = strategy.imitation.settled()
         assert strategy == real.ExecutionContextAllocationStrategy.USER_MANAGED
         if "context" in self.refuse:
             return None
         context = Context(self)
         self.contexts.add(context)
         return Checked(context, real.IExecutionContext)
+
+
+@dataclass
+class RuntimeConfig:
+    """What TensorRT-RTX creates contexts with; the engine notes how."""
+
+    engine: Engine
+    strategy: Any = None
+    cache: Any = None
+    dynamic_shapes_kernel_specialization_strategy: Any = None
+
+    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+        self.strategy = strategy
+
+    def create_runtime_cache(self) -> Checked:
+        return Checked(RuntimeCache(self.engine), real.IRuntimeCache)
+
+    def set_runtime_cache(self, cache: Checked) -> bool:
+        self.cache = cache.imitation
+        return "cache" not in self.engine.refuse
+
+    def settled(self) -> Any:
+        """The allocation's strategy; contexts leave a kernel in the cache."""
+        how = self.dynamic_shapes_kernel_specialization_strategy.name
+        self.engine.created.append(how)
+        if self.cache is not None:
+            self.cache.content += how.encode()
+        return self.strategy
+
+
+@dataclass
+class RuntimeCache:
+    """Compiled kernels, which are the names of strategies here."""
+
+    engine: Engine
+    content: bytes = b""
+
+    def deserialize(self, blob: bytes) -> bool:
+        self.content = blob
+        return not blob.startswith(b"other")
+
+    def reset(self) -> bool:
+        self.content = b""
+        return True
+
+    def serialize(self) -> bytes:
+        return self.content
 
 
 class Context:
@@ -197,7 +255,9 @@ def library(engines: dict[bytes, Callable[[], Engine]]) -> SimpleNamespace:
             self.logger.log(real.ILogger.Severity.ERROR, "the plan is not what it should be")
             return None
 
-    names = ("Builder", "DataType", "ExecutionContextAllocationStrategy", "ILogger", "TensorIOMode")
+    names: tuple[str, ...] = ("Builder", "DataType", "ExecutionContextAllocationStrategy", "ILogger", "TensorIOMode")
+    if PACKAGE == "tensorrt_rtx":
+        names += ("DynamicShapesKernelSpecializationStrategy",)
     return SimpleNamespace(
         **{name: getattr(real, name) for name in names},
         __name__=PACKAGE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import sys
 import threading
 import time
@@ -39,6 +40,7 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
         b"plugin plan": lambda: text_engine(plugin=True),
     }  # fmt: skip
     library = imitated.library(plans)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setitem(sys.modules, imitated.PACKAGE, library)
     files = {f"{tower}.fp16.onnx": {"sha256": tower, "size": 0} for tower in ("text", "image")}
     outputs = {"text": ["text_embeds", "last_hidden_state", "text_pca"], "image": ["image_embeds"]}
@@ -152,3 +154,33 @@ def test_the_head_beside_the_engine_gives_the_pca(bundle: Bundle) -> None:
     states = (sums(batch) % 1000)[:, None] + np.arange(5)
     np.testing.assert_array_equal(reduced, (states + 100 * np.arange(1, 6)).astype(np.float32))
     backend.close()
+
+
+if imitated.PACKAGE == "tensorrt_rtx":
+
+    def test_kernels_are_compiled_for_captured_shapes_and_kept(
+        bundle: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level("INFO")
+        backend = KIND(bundle, "fp16")
+        batch = ids(4, 7)
+        for _ in range(3):
+            np.testing.assert_array_equal(backend.encode_text(batch), expected(batch))
+        created = backend._runner("text")._engine.imitation.created
+        assert created == ["NONE", "NONE", "EAGER"]  # two profiles, and the graph of the shape that came again
+        file = tmp_path / "cache/longclip-rt/tensorrt-rtx" / backend.engine.path.name / "text.Imitated-GPU.kernels"
+        assert not file.exists()
+        backend.close()
+        assert file.read_bytes() == b"NONENONEEAGER" and [each.name for each in file.parent.iterdir()] == [file.name]
+        backend.encode_text(batch)  # opened again, it begins with them
+        backend.close()
+        assert file.read_bytes() == b"NONENONEEAGER" + b"NONENONE"
+        file.write_bytes(b"other driver")
+        backend.encode_text(batch)
+        backend.close()
+        assert file.read_bytes() == b"NONENONE" and "is of another GPU, driver or version" in caplog.text
+        shutil.rmtree(file.parent.parent)
+        file.parent.parent.write_text("in the way")
+        np.testing.assert_array_equal(backend.encode_text(batch), expected(batch))
+        backend.close()
+        assert "compiled are not kept" in caplog.text
