@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny_models import tiny_checkpoint
 
-from longclip_rt.backends import availability
+from longclip_rt.backends import availability, open_backend
 from longclip_rt.backends.device import Gpu
+from longclip_rt.bundle import BUILT_IN, load_bundle
+from longclip_rt.engines import engines_of
+
+MODEL = BUILT_IN
 
 pytestmark = [
     pytest.mark.gpu,
@@ -72,16 +77,86 @@ def test_the_compiled_head_gives_the_pca_alone_and_in_a_graph(rows: int, tmp_pat
     stream.close()
 
 
-@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx", "onnxruntime-cuda"])
-def test_the_whole_gate_holds_on_the_device(tiny_bundle: Path, backend: str) -> None:
-    """With TensorRT for the bundle named in LONGCLIP_RT_TEST_BUNDLE, which has engines; else for the small model."""
-    from longclip_rt.export.gate import device_checks
-
+def needs(backend: str) -> None:
     state = availability(backend)
     if not state.usable:
-        pytest.skip(state.reason)
-    bundle = Path(os.environ.get("LONGCLIP_RT_TEST_BUNDLE", tiny_bundle))
-    if backend.startswith("tensorrt") and not (bundle / "engines").is_dir():
-        pytest.skip("the bundle has no engines; name one that has in LONGCLIP_RT_TEST_BUNDLE")
-    failed = [check for check in device_checks(bundle, backend) if not check.passed]
-    assert not failed
+        pytest.skip(f"{state.reason}; mend it with: {state.remedy}")
+
+
+def with_engines(source: Path, folder: Path, backend: str) -> Path:
+    """A copy of a bundle with an engine for the GPU that is here; its own engines, of elsewhere, are left behind."""
+    from longclip_rt.export.engine import EngineOptions, build_engines, choose_builders
+
+    path = shutil.copytree(source, folder / "bundle", ignore=shutil.ignore_patterns("engines"))
+    build_engines(load_bundle(path), choose_builders(backend), EngineOptions(batches=(1, 16)))
+    return path
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+def test_engines_are_built_and_pass_the_whole_gate(backend: str, tmp_path: Path) -> None:
+    """Of the built-in model, or of the bundle that LONGCLIP_RT_TEST_BUNDLE names."""
+    from longclip_rt.export.gate import device_checks
+
+    needs(backend)
+    path = with_engines(Path(os.environ.get("LONGCLIP_RT_TEST_BUNDLE", MODEL)), tmp_path, backend)
+    checks = device_checks(path, backend, "fp16")
+    assert checks and not [check for check in checks if not check.passed]
+
+
+def test_onnx_runtime_passes_the_whole_gate() -> None:
+    from longclip_rt.export.gate import device_checks
+
+    needs("onnxruntime-cuda")
+    path = Path(os.environ.get("LONGCLIP_RT_TEST_BUNDLE", MODEL))
+    checks = device_checks(path, "onnxruntime-cuda")
+    assert checks and not [check for check in checks if not check.passed]
+
+
+@pytest.mark.parametrize(
+    ("backend", "plugins", "head"),
+    [("tensorrt", (), "kernel"), ("tensorrt", ("tensorrt",), "plugin"), ("tensorrt-rtx", (), "kernel")],
+)
+def test_the_engines_own_pca_is_what_numpy_makes_of_the_embeddings(
+    pca_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, plugins: tuple[str, ...], head: str
+) -> None:
+    from longclip_rt import Embedder
+    from longclip_rt.examples import example_captions, example_photos
+
+    needs(backend)
+    monkeypatch.setattr("longclip_rt.export.engine.WITH_PLUGINS", plugins)
+    path = with_engines(pca_bundle, tmp_path, backend)
+    (engine,) = engines_of(load_bundle(path))[0]
+    assert engine.key.options["pca_head"] == head
+    reduced = Embedder.from_bundle(path, backend, "fp16", pca="bundle")
+    whole = Embedder.from_bundle(path, "onnxruntime", "fp32")
+    pca = load_bundle(path).pca
+    assert pca is not None and reduced.backend.fused_pca == pca.sha256
+    captions, photos = [caption.long for caption in example_captions()], example_photos()
+    for _ in range(3):  # with and without a CUDA graph
+        np.testing.assert_allclose(
+            reduced.embed_texts(captions), pca.apply(whole.embed_texts(captions), "text"), atol=2e-2
+        )
+        np.testing.assert_allclose(
+            reduced.embed_images(photos), pca.apply(whole.embed_images(photos), "image"), atol=2e-2
+        )
+    reduced.close()
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+def test_memory_on_the_gpu_does_not_grow_with_the_shapes_seen(backend: str, tmp_path: Path) -> None:
+    from cuda.bindings import driver
+
+    needs(backend)
+    opened = open_backend(load_bundle(with_engines(MODEL, tmp_path, backend)), backend, "fp16")
+
+    def run(count: int) -> int:
+        """Free bytes after texts of `count` shapes, each of which comes three times."""
+        for number in range(count):
+            batch = np.ones((1 + number % 16, 1 + 31 * number % opened.bundle.architecture.context_length), np.int32)
+            for _ in range(3):
+                opened.run("text", batch)
+        return int(driver.cuMemGetInfo()[1])
+
+    before = run(100)  # as many graphs as are kept, and more
+    assert before - run(300) < 32 << 20
+    opened.close()
