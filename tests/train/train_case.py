@@ -19,7 +19,10 @@ from longclip_rt.checkpoint import Checkpoint
 from longclip_rt.convert import write_weights
 from longclip_rt.train.config import TrainConfig
 from longclip_rt.train.data import Batch
+from longclip_rt.train.loop import TrainReport, train
 from longclip_rt.train.model import Stretch, TrainableClip
+from longclip_rt.train.results import WEIGHTS
+from longclip_rt.weights.files import read_weights
 from longclip_rt.weights.random import random_state_dict
 
 VOCABULARY = 600
@@ -100,3 +103,19 @@ def write_patterns(folder: Path, count: int) -> Path:
         lines.append(json.dumps({"image": f"{number}.png", "caption": caption}))
     (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder / "pairs.jsonl"
+
+
+def run(material: Path, folder: Path, *, resume: bool = False, **changes: Any) -> TrainReport:
+    config = small_config(material / "pairs/pairs.jsonl", material / "clip.safetensors", **changes)
+    return train(config, folder, resume=resume, device="cpu", quiet=True)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    content: dict[str, torch.Tensor] = read_weights(folder / WEIGHTS).content
+    return content
+
+
+def assert_same_weights(folder: Path, other: Path) -> None:
+    found, expected = tensors(folder), tensors(other)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
