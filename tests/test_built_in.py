@@ -7,9 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
+from longclip_rt.backends import open_backend
 from longclip_rt.bundle import BUILT_IN, default_bundle, load_bundle
+from longclip_rt.errors import BackendError
 from longclip_rt.runtime import Embedder
+from longclip_rt.self_check import FILE, run_self_check
 
 SCENES = Path(__file__).parent.parent / "examples" / "scenes"
 
@@ -33,6 +37,21 @@ def test_it_is_the_default_and_small_and_names_no_machine(monkeypatch: pytest.Mo
 def test_its_card_says_what_it_does_not_know() -> None:
     card = (BUILT_IN / "README.md").read_text(encoding="utf-8")
     assert "knows nothing about photographs" in card and "| real photographs" in card
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_it_carries_figures_that_a_gpu_is_held_to(precision: str, caplog: pytest.LogCaptureFixture) -> None:
+    backend = open_backend(load_bundle(BUILT_IN), "onnxruntime", precision)
+    run_self_check(backend)
+    assert not caplog.records  # a bundle without figures is warned of
+    kept = load_file(BUILT_IN / FILE)
+    kept["text_embeds"][2] *= -1
+    wrong = {name: np.ascontiguousarray(array) for name, array in kept.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("longclip_rt.self_check._figures", lambda bundle: wrong)
+        with pytest.raises(BackendError, match="fails its self-check"):
+            run_self_check(backend)
+    backend.close()
 
 
 def test_whole_captions_find_more_than_cut_ones(embedder: Embedder) -> None:
