@@ -13,7 +13,8 @@ from tiny_models import tiny_checkpoint
 from longclip_rt.backends import availability, open_backend
 from longclip_rt.backends.device import Gpu
 from longclip_rt.bundle import BUILT_IN, load_bundle
-from longclip_rt.engines import engines_of
+from longclip_rt.engines import LIBRARIES, engines_of
+from longclip_rt.errors import EngineError
 
 MODEL = BUILT_IN
 
@@ -78,9 +79,17 @@ def test_the_compiled_head_gives_the_pca_alone_and_in_a_graph(rows: int, tmp_pat
 
 
 def needs(backend: str) -> None:
+    """Skips where the backend's libraries are not installed, or build for other GPUs than the one that is here."""
+    from longclip_rt.export.engine import choose_builders
+
     state = availability(backend)
     if not state.usable:
         pytest.skip(f"{state.reason}; mend it with: {state.remedy}")
+    if backend in LIBRARIES:
+        try:
+            choose_builders(backend)
+        except EngineError as error:
+            pytest.skip(str(error))
 
 
 def with_engines(source: Path, folder: Path, backend: str) -> Path:

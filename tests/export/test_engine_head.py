@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from rtx_network import parsed
 
 from longclip_rt.backends.head_kernel import HEAD_KERNEL, HEAD_OPERATORS, HEAD_PLUGIN, load_head, pca_name, states_name
 from longclip_rt.bundle import BUILT_IN, load_bundle
@@ -19,8 +20,7 @@ from longclip_rt.cli import longclip_rt
 from longclip_rt.engines import engines_of
 from longclip_rt.errors import BackendError, BundleError, EngineError, ExportError
 from longclip_rt.export.engine import head_for
-from longclip_rt.export.engine_network import network_facts, network_from_graph, tensorrt_graph
-from longclip_rt.export.engine_progress import BuildLog, logger_for
+from longclip_rt.export.engine_network import network_facts, tensorrt_graph
 from longclip_rt.export.exporter import ARCHITECTURES
 from longclip_rt.export.head_graph import plugin_graph_name
 
@@ -31,14 +31,6 @@ SMALL = ("--engine", "tensorrt-rtx", "--text-buckets", "32", "--batches", "8")
 
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(longclip_rt, [str(argument) for argument in arguments])
-
-
-def parsed(graph: bytes, path: Path) -> tuple[Any, ...]:
-    """A network of TensorRT-RTX, with what must live as long."""
-    log = BuildLog()
-    logger = logger_for(trt, log)
-    builder = trt.Builder(logger)
-    return (*network_from_graph(trt, builder, logger, log, graph, path), builder, logger)
 
 
 def outputs_of(network: Any) -> dict[str, tuple[str, tuple[int, ...]]]:

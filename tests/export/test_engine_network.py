@@ -5,27 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rtx_network import parsed
 from tiny_models import tiny_checkpoint
 
 from longclip_rt.bundle import BUILT_IN, Bundle, load_bundle
 from longclip_rt.errors import EngineError
 from longclip_rt.export.engine import EngineOptions
-from longclip_rt.export.engine_network import NetworkFacts, gate, network_facts, network_from_graph, tensorrt_graph
+from longclip_rt.export.engine_network import NetworkFacts, gate, network_facts, tensorrt_graph
 from longclip_rt.export.engine_plan import PlanRequest, build_plan
-from longclip_rt.export.engine_progress import BuildLog, logger_for
 
 onnx = pytest.importorskip("onnx")
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not to be had for this system")
 MODEL = BUILT_IN
 HALF, FLOAT = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
-
-
-def parsed(graph: bytes, path: Path = Path("a graph")) -> tuple[Any, ...]:
-    """A network of TensorRT-RTX, with what must live as long."""
-    log = BuildLog()
-    logger = logger_for(trt, log)
-    builder = trt.Builder(logger)
-    return (*network_from_graph(trt, builder, logger, log, graph, path), builder, logger)
 
 
 def facts_of(graph: bytes) -> NetworkFacts:
