@@ -4,8 +4,9 @@ BIN := .venv/bin
 DEMO := demo
 TINY := tiny
 BUILT_IN := longclip_rt/assets/tiny
-# Models of ViT-B/16's size for the benchmarks: untrained, since only their shape matters there.
-LARGE := $(DEMO)/vit-b-16
+# Bundles for the benchmarks: untrained, since only their shape matters there.
+B16 := $(DEMO)/vit-b-16
+L14 := $(DEMO)/vit-l-14
 
 .PHONY: demo test test-gpu lint bench tiny study docs clean
 
@@ -62,15 +63,18 @@ tiny: .venv/.dev-installed
 study: tiny
 	$(BIN)/python benchmarks/longclip_study.py
 
-$(LARGE)/bundle.json: | .venv/.dev-installed
-	$(BIN)/longclip-rt export --fp16 --weights random:ViT-B-16 --out $(LARGE)
+$(B16)/bundle.json: | .venv/.dev-installed
+	$(BIN)/longclip-rt export --fp16 --weights random:ViT-B-16 --out $(B16)
 
-bench: .venv/.dev-installed $(LARGE)/bundle.json
+$(L14)/bundle.json: | .venv/.dev-installed
+	$(BIN)/longclip-rt export --fp16 --weights random:ViT-L-14 --out $(L14)
+
+bench: .venv/.dev-installed $(B16)/bundle.json $(L14)/bundle.json
 	$(BIN)/python benchmarks/tokenizer.py
-	$(BIN)/python benchmarks/encoders.py --bundle $(LARGE)
-	$(BIN)/python benchmarks/end_to_end.py --bundle $(LARGE)
-	$(BIN)/python benchmarks/memory.py --bundle $(LARGE)
-	$(BIN)/python benchmarks/engines.py --bundle $(LARGE)
+	$(BIN)/python benchmarks/encoders.py --bundle $(B16)
+	$(BIN)/python benchmarks/end_to_end.py --bundle $(B16)
+	$(BIN)/python benchmarks/memory.py --bundle $(B16)
+	$(BIN)/python benchmarks/engines.py --bundle $(B16) --bundle $(L14)
 
 clean:
 	rm -rf $(DEMO) kernels-compiled build dist *.egg-info
