@@ -62,8 +62,8 @@ setup(
     ],
     extras_require={
         "cpu": ["onnxruntime>=1.23"],
-        # ONNX Runtime: the first that was tried with telling which provider got which node.
-        "gpu": ["onnxruntime-gpu>=1.32", "cuda-core[cu13]>=1.2"],
+        # ONNX Runtime: the oldest that was tried with telling which provider got which node.
+        "gpu": ["onnxruntime-gpu[cuda,cudnn]>=1.31", "cuda-core[cu13]>=1.2"],
         # 10.14: the first with attention layers. The libraries themselves come from NVIDIA's own index.
         "tensorrt": ["tensorrt>=10.14", "onnx>=1.18"],
         "rtx": RTX,
@@ -73,7 +73,7 @@ setup(
         "dev": [
             *TRAIN,
             *RTX,
-            "onnxruntime>=1.32",
+            "onnxruntime>=1.31",
             # cuda.core imports without a GPU; beside torch the bindings are there already.
             "cuda-core>=1.2",
             "cuda-bindings>=13; platform_system == 'Linux'",

@@ -79,18 +79,24 @@ def tensorrt_graph(path: Path, states_of: str = "") -> TensorrtGraph:
     if states_of:
         with_head_states(model, states_of)
     kinds = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
-    changed = decomposable = 0
+    changed, decomposable = drop_softmax_precision(model), 0
     for node in model.graph.node:
-        if node.op_type != "Attention":
-            continue
-        kept = [attribute for attribute in node.attribute if attribute.name != "softmax_precision"]
-        changed += len(kept) < len(node.attribute)
-        del node.attribute[:]
-        node.attribute.extend(kept)
-        if kinds.get(node.input[0]) == onnx.TensorProto.FLOAT:
+        if node.op_type == "Attention" and kinds.get(node.input[0]) == onnx.TensorProto.FLOAT:
             node.attribute.append(onnx.helper.make_attribute("TRT_decomposable", 1))
             decomposable += 1
     return TensorrtGraph(bytes(model.SerializeToString()), changed, decomposable)
+
+
+def drop_softmax_precision(model: Any) -> int:
+    """Takes the attribute out of every `Attention` node of an `onnx.ModelProto`; returns how many had it."""
+    changed = 0
+    for node in model.graph.node:
+        if node.op_type == "Attention":
+            kept = [attribute for attribute in node.attribute if attribute.name != "softmax_precision"]
+            changed += len(kept) < len(node.attribute)
+            del node.attribute[:]
+            node.attribute.extend(kept)
+    return changed
 
 
 def network_from_graph(

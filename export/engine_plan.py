@@ -160,6 +160,9 @@ def _build_plan(
             "Take a newer version of it, or export the bundle again."
         )
     config = _given(builder.create_builder_config(), "a configuration", what, log)
+    if flag := getattr(library.BuilderFlag, "REQUIRE_USER_ALLOCATION", None):
+        # TensorRT-RTX: nothing is allocated while the engine runs, which capturing it as a CUDA graph needs.
+        config.set_flag(flag)
     if request.optimization_level is not None:
         config.builder_optimization_level = request.optimization_level
     if request.workspace is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,17 +152,18 @@ def search_query(
     metadata = read_metadata(path)
     _check_kinds(path, metadata, query_kind, kinds)
     loaded = _loaded_pca(path, metadata, pca)
-    embedder = embedder_of(path, metadata, bundle, backend=backend, precision=precision)
-    embedder = _with_pca_of(path, metadata, embedder, loaded)
-    tokens, truncated = 0, False
-    if query_kind == "image":
-        vector = embedder.embed_images([Path(query)])[0]
-    else:
-        encoded = embedder.tokenizer.encode([query])[0]
-        tokens, truncated = encoded.length, encoded.truncated
-        vector = embedder.encode_tokens(encoded.ids[None])[0]
+    with contextlib.closing(embedder_of(path, metadata, bundle, backend=backend, precision=precision)) as opened:
+        embedder = _with_pca_of(path, metadata, opened, loaded)
+        tokens, truncated = 0, False
+        if query_kind == "image":
+            vector = embedder.embed_images([Path(query)])[0]
+        else:
+            encoded = embedder.tokenizer.encode([query])[0]
+            tokens, truncated = encoded.length, encoded.truncated
+            vector = embedder.encode_tokens(encoded.ids[None])[0]
+        described = embedder.describe()
     hits = search(path, vector, k, kinds)
-    return Answer(query, query_kind, hits, Path(path), metadata, embedder.describe(), tokens, truncated)
+    return Answer(query, query_kind, hits, Path(path), metadata, described, tokens, truncated)
 
 
 def kind_of_query(query: str) -> Kind:

@@ -178,6 +178,7 @@ class FakeEmbedder:
     """Puts a text on the axis of its first letter and an image on that of its file name."""
 
     loaded: list[tuple[Any, str, str]]
+    closed = 0
     bundle = BUNDLE
 
     def __init__(self) -> None:
@@ -189,6 +190,9 @@ class FakeEmbedder:
         return SimpleNamespace(
             ids=np.array([ord(text.strip()[0])], np.int32), length=len(words) + 2, truncated=len(words) > 246
         )
+
+    def close(self) -> None:
+        type(self).closed += 1
 
     @classmethod
     def from_bundle(cls, path: Any, backend: str = "auto", precision: str = "auto") -> FakeEmbedder:
@@ -207,7 +211,7 @@ class FakeEmbedder:
 
 @pytest.fixture
 def embedder(monkeypatch: pytest.MonkeyPatch) -> type[FakeEmbedder]:
-    FakeEmbedder.loaded = []
+    FakeEmbedder.loaded, FakeEmbedder.closed = [], 0
     monkeypatch.setattr(FakeEmbedder, "bundle", BUNDLE)
     monkeypatch.setitem(sys.modules, "longclip_rt.runtime", SimpleNamespace(Embedder=FakeEmbedder))
     known = {BUNDLE: Path("/bundles/b16")}
@@ -229,7 +233,7 @@ def test_a_text_query_is_embedded_by_the_files_own_model(stored: Path, embedder:
     assert [hit.row for hit in answer.hits[1:]] == [0, 1]
     assert (answer.tokens, answer.truncated, answer.trained) == (6, False, True)
     assert answer.embedder["backend"] == "openvino"
-    assert embedder.loaded == [(Path("/bundles/b16"), "torch", "fp32")]
+    assert embedder.loaded == [(Path("/bundles/b16"), "torch", "fp32")] and embedder.closed == 1
 
 
 def test_an_image_query_is_recognised_and_can_be_forced(stored: Path, embedder: type[FakeEmbedder]) -> None:

@@ -67,9 +67,10 @@ class Gpu:
             self._device.set_current()
             self.name = str(self._device.name)
             self.arch = int(str(self._device.arch))
-            pools = self._device.properties.host_memory_pools_supported
-            # Older drivers have no pools of page-locked memory.
-            self._host = self._core.PinnedMemoryResource() if pools else self._core.LegacyPinnedMemoryResource()
+            self._pooled = bool(self._device.properties.memory_pools_supported)
+            # Not of a pool of host memory: cuda.core gives no GPU access to one, so that copies would be pageable ones.
+            self._host = self._core.LegacyPinnedMemoryResource()
+            self._memory: Any = None
 
     def activate(self) -> None:
         """Makes it the calling thread's; every thread that calls it must do so first."""
@@ -81,7 +82,18 @@ class Gpu:
 
     def allocate(self, size: int, stream: Any) -> Any:
         """`size` bytes of device memory, there once `stream` has come to this point."""
-        return self._device.allocate(size, stream=stream)
+        if not self._pooled:
+            return self._device.allocate(size, stream=stream)
+        if self._memory is None:
+            # An own pool: the device's default one, which other libraries use too, keeps all that it ever had.
+            self._memory = self._core.DeviceMemoryResource(self.number, self._core.DeviceMemoryResourceOptions())
+        return self._memory.allocate(size, stream=stream)
+
+    def release(self) -> None:
+        """Gives the memory of all buffers back to the driver, once they are closed; the next one begins anew."""
+        memory, self._memory = self._memory, None
+        if memory is not None:
+            memory.close()
 
     def allocate_pinned(self, size: int, stream: Any) -> Pinned:
         """`size` bytes of page-locked host memory, likewise."""
@@ -128,8 +140,11 @@ class Gpu:
             builder.begin_building("thread_local")
             try:
                 enqueue(builder)
-            finally:
-                builder.end_building()
+            except BaseException:
+                with contextlib.suppress(Exception):  # it says only that the capture came to nothing
+                    builder.end_building()
+                raise
+            builder.end_building()
             graph = builder.complete()
         finally:
             builder.close()

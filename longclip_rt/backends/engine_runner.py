@@ -8,10 +8,11 @@ Nothing is allocated after opening but what TensorRT and the driver keep for cap
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,8 @@ from longclip_rt.backends.head_kernel import HeadFiles, HeadKernel, pca_name, st
 from longclip_rt.backends.jit_kernels import JitKernels
 from longclip_rt.backends.profiles import SLOTS, Memory, Piece, Profile, Tensor, memory_for, pieces
 from longclip_rt.errors import BackendError
+
+logger = logging.getLogger("longclip_rt")
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,14 @@ class EngineRunner:
         self._graphs = GraphCache(self._capture, self._let_go, graphs)
         self._contexts: dict[Profile, Any] = {}
         self._head: HeadKernel | None = None
+        self._held = contextlib.ExitStack()  # what is to be let go of, the last first, whatever becomes of each
         with gpu_errors(f"The {tower} engine, which needs {_mib(self.memory)} on GPU {gpu.number}, cannot be opened"):
-            self._allocate(head)
+            try:
+                self._allocate(head)
+            except BaseException:
+                with contextlib.suppress(Exception):  # the error at hand says more
+                    self._held.close()
+                raise
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -119,23 +128,41 @@ class EngineRunner:
     def _allocate(self, head: HeadFiles | None) -> None:
         gpu = self._gpu
         gpu.activate()
-        self._compute = gpu.stream()
-        self._workspace = gpu.allocate(max(self.memory.workspace, 1), self._compute)
-        self._head = None if head is None else HeadKernel(head, gpu, self._compute)
-        for number in range(SLOTS):
-            slot = _Slot(number, gpu.stream())
-            self._slots.append(slot)
+        self._compute = self._stream()
+        self._slots = [_Slot(number, self._stream()) for number in range(SLOTS)]
+        self._held.callback(self._compute.sync)  # frees are enqueued too
+        self._workspace = self._kept(gpu.allocate(max(self.memory.workspace, 1), self._compute))
+        if head is not None:
+            self._head = HeadKernel(head, gpu, self._compute)
+            self._held.callback(self._head.close, self._compute)
+        for slot in self._slots:
             for profile in self.profiles:
                 for tensor in self._tensors.values():
                     size = tensor.bytes_for(profile)
-                    slot.device[profile, tensor.name] = gpu.allocate(size, self._compute)
+                    slot.device[profile, tensor.name] = self._kept(gpu.allocate(size, self._compute))
                     if tensor.on_host:
-                        slot.pinned[profile, tensor.name] = gpu.allocate_pinned(size, self._compute)
+                        pinned = slot.pinned[profile, tensor.name] = gpu.allocate_pinned(size, self._compute)
+                        self._kept(pinned.buffer)
         self._compute.sync()  # what was allocated on this stream is used on others
+        self._held.callback(self._contexts.clear)
         for profile in self.profiles:
             self._contexts[profile] = self._context(profile)
+        if self._kernels is not None:
+            self._held.callback(self._kernels.save)
+        self._held.callback(self._graphs.clear)
         for slot in reversed(self._slots):
+            self._held.callback(slot.stream.sync)
             self._free.put(slot)
+        self._held.callback(self._compute.sync)
+
+    def _stream(self) -> Any:
+        stream = self._gpu.stream()
+        self._held.callback(stream.close)
+        return stream
+
+    def _kept(self, buffer: Any) -> Any:
+        self._held.callback(buffer.close, self._compute)
+        return buffer
 
     def run(self, inputs: NDArray[Any], names: Sequence[str]) -> list[Float32]:
         """Runs a batch of any size.
@@ -203,7 +230,7 @@ class EngineRunner:
             self._gpu.copy(slot.device[profile, self._input], source.buffer, filled.nbytes, slot.stream)
             self._compute.wait(self._gpu.record(slot.stream))
             key = _Key(slot.number, profile, rows)
-            captured = self._graphs.get(key)
+            captured = self._graph_of(key)
             if captured is None:
                 self._prepare(self._contexts[profile], key)
                 self._execute(self._contexts[profile], key, self._compute)
@@ -228,11 +255,11 @@ class EngineRunner:
         finally:
             self._free.put(flight.slot)
 
-    def _context(self, profile: Profile, captured: bool = False) -> Any:
+    def _context(self, profile: Profile) -> Any:
         """A context for one profile that computes in the shared workspace."""
         how: Any = self._library.ExecutionContextAllocationStrategy.USER_MANAGED
         if self._kernels is not None:
-            how = self._kernels.config(captured)
+            how = self._kernels.config()
         context = self._engine.create_execution_context(how)
         if context is None:
             raise BackendError(f"TensorRT gave no execution context for the {self._tower} engine. Free GPU memory.")
@@ -260,19 +287,38 @@ class EngineRunner:
             states, reduced = (device[key.profile, name(self._tower)] for name in (states_name, pca_name))
             self._head.launch(target, states, reduced, key.rows)
 
+    def _graph_of(self, key: _Key) -> _Captured | None:
+        """The graph of a shape where there is one; without one, batches cost a few launches more and are the same."""
+        try:
+            return self._graphs.get(key)
+        except (AttributeError, TypeError):
+            raise
+        except Exception as error:  # the driver's class is not public; what is really broken shows in the next launch
+            self._graphs.stop()
+            logger.warning(
+                "the %s engine on GPU %d cannot be captured as a CUDA graph, and runs without: %s",
+                self._tower, self._gpu.number, error,
+            )  # fmt: skip
+            return None
+
     def _capture(self, key: Hashable) -> _Captured:
         assert isinstance(key, _Key)
-        context = self._context(key.profile, captured=True)
+        context = self._context(key.profile)
         self._prepare(context, key)
         # TensorRT finishes what a new shape changes in the next run, which therefore must not be the captured one.
         self._execute(context, key, self._compute)
         self._compute.sync()
+        capturable = getattr(context, "is_stream_capturable", None)  # TensorRT-RTX's alone
+        if capturable is not None and not capturable(int(self._compute.handle)):
+            raise BackendError("TensorRT-RTX would allocate memory or compile kernels meanwhile")
         graph = self._gpu.capture(self._compute, lambda builder: self._execute(context, key, builder))
         return _Captured(graph, context)
 
     def _let_go(self, captured: _Captured) -> None:
-        self._compute.sync()  # it may be running
-        captured.graph.close()
+        try:
+            self._compute.sync()  # it may be running
+        finally:
+            captured.graph.close()
 
     def _check(self, done: bool, what: str) -> None:
         if not done:
@@ -286,30 +332,13 @@ class EngineRunner:
             self._closed = True
         for _ in self._slots:
             self._free.get()
-        with gpu_errors(f"GPU {self._gpu.number} failed while the {self._tower} engine was closed"):
-            self._gpu.activate()
-            self._compute.sync()
-            self._graphs.clear()
-            self._contexts.clear()
-            if self._kernels is not None:
-                self._kernels.save()
-                self._kernels = None
-            for buffer in self._buffers():
-                buffer.close(self._compute)
-            if self._head is not None:
-                self._head.close(self._compute)
-            self._compute.sync()
-            for slot in self._slots:
-                slot.stream.close()
-            self._compute.close()
-        self._engine = None
-        self._free.put(_Slot(-1, None))  # whoever still waits for a slot sees that it is closed
-
-    def _buffers(self) -> Iterator[Any]:
-        yield self._workspace
-        for slot in self._slots:
-            yield from slot.device.values()
-            yield from (pinned.buffer for pinned in slot.pinned.values())
+        try:
+            with gpu_errors(f"GPU {self._gpu.number} failed while the {self._tower} engine was closed"):
+                self._gpu.activate()
+                self._held.close()
+        finally:
+            self._engine = self._kernels = None
+            self._free.put(_Slot(-1, None))  # whoever still waits for a slot sees that it is closed
 
 
 def _tensors(library: Any, engine: Any, tower: str) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The kernels that TensorRT-RTX compiles where an engine runs: for which contexts it does, and what is kept of them.
+"""The kernels that TensorRT-RTX compiles where an engine runs: which ones, and what is kept of them.
 
 TensorRT has none of this: it compiles when it builds.
 """
@@ -16,9 +16,9 @@ logger = logging.getLogger("longclip_rt")
 class JitKernels:
     """How TensorRT-RTX's contexts of one engine compile their kernels; all share what was compiled.
 
-    A context that is not captured computes any shape with kernels that fit all of its profile, which compile once. One
-    that a CUDA graph is captured from has a single shape for a long time, and kernels compiled for it: before the
-    capture, since what is compiled in the background would never reach the graph.
+    Only kernels that fit all of a profile, not those for one shape that TensorRT-RTX would compile in the background: a
+    batch must not get other vectors when it comes again, and neither memory nor this cache may grow with the shapes
+    seen.
 
     Args:
         library: `tensorrt_rtx`, imported.
@@ -30,22 +30,29 @@ class JitKernels:
         self._library, self._engine, self._file = library, engine, file
         self._cache = engine.create_runtime_config().create_runtime_cache()
         self._kept = b""
-        if self._cache is not None and file.is_file():
-            self._kept = file.read_bytes()
-            if not self._cache.deserialize(self._kept):
-                logger.info("%s is of another GPU, driver or version, and is written anew", file)
-                self._cache.reset()
+        if self._cache is not None:
+            self._read()
 
-    def config(self, captured: bool) -> Any:
-        """What a context is created with.
+    def _read(self) -> None:
+        try:
+            content = self._file.read_bytes()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            logger.info("the kernels that TensorRT-RTX compiled before cannot be read: %s", error)
+            return
+        if self._cache.deserialize(content):
+            self._kept = content
+        else:
+            logger.info("%s is of another GPU, driver or version, and is written anew", self._file)
+            self._cache.reset()
 
-        Args:
-            captured: Whether a CUDA graph will be captured from it.
-        """
+    def config(self) -> Any:
+        """What a context is created with."""
         config = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(self._library.ExecutionContextAllocationStrategy.USER_MANAGED)
         strategies = self._library.DynamicShapesKernelSpecializationStrategy
-        config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER if captured else strategies.NONE
+        config.dynamic_shapes_kernel_specialization_strategy = strategies.NONE
         if self._cache is not None and not config.set_runtime_cache(self._cache):
             logger.debug("TensorRT-RTX refused a cache for its kernels, and compiles them for each context")
         return config

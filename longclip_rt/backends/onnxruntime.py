@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +23,7 @@ from longclip_rt.backends.providers import (
     provider_settings,
 )
 from longclip_rt.bundle import Bundle, bundles_home
-from longclip_rt.errors import BackendError, OutputError
+from longclip_rt.errors import BackendError, LongClipError, OutputError
 from longclip_rt.extras import require
 from longclip_rt.files import output_errors
 
@@ -74,26 +76,40 @@ class OnnxRuntimeBackend(Backend):
         options.log_severity_level = 3  # errors; warnings there are about its own optimiser
         if self.on_gpu:
             options.add_session_config_entry(RECORD_ASSIGNMENT, "1")
+            with contextlib.redirect_stdout(sys.stderr):  # it prints what it misses
+                self._ort.preload_dlls()  # CUDA's and cuDNN's libraries, where they were installed with pip
         settings = provider_settings(
             self.name, self.bundle.architecture, tower, self.precision, self._number, self._cache()
         )
-        try:
-            session = self._ort.InferenceSession(str(self._graphs[tower]), options, providers=settings)
-        except Exception as error:  # its errors share no base class narrower than Exception
-            raise BackendError(f"ONNX Runtime could not load {self._graphs[tower]}: {error}") from error
+        # Without its fallback, which takes other providers after an error and prints that to stdout.
+        with self._errors(f"could not load {self._graphs[tower]}"):
+            session = self._ort.InferenceSession(self._graph(tower), options, providers=settings, enable_fallback=0)
         check_provider(self.name, session.get_providers())
         if self.on_gpu:
             check_assignment(self.name, assignments(session))
         return session
+
+    @contextlib.contextmanager
+    def _errors(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except LongClipError:
+            raise
+        except Exception as error:  # its errors share no base class narrower than Exception
+            raise BackendError(f"ONNX Runtime {what}: {error}") from error
+
+    def _graph(self, tower: str) -> str | bytes:
+        """A tower's graph: its file, or its content."""
+        return str(self._graphs[tower])
 
     def _cache(self) -> Path:
         """Where the TensorRT provider keeps what it built: never in the bundle, whose files are hashed."""
         return bundles_home().parent / "onnxruntime-tensorrt" / self.bundle.sha256[:16]
 
     def _run(self, tower: str, inputs: NDArray[np.generic], outputs: Sequence[str]) -> list[Float32]:
-        results: list[Float32] = self._session(tower).run(
-            list(outputs), {INPUT_NAMES[tower]: np.ascontiguousarray(inputs)}
-        )
+        session = self._session(tower)
+        with self._errors(f"failed on {len(inputs)} {tower}s"):
+            results: list[Float32] = session.run(list(outputs), {INPUT_NAMES[tower]: np.ascontiguousarray(inputs)})
         return results
 
     def close(self) -> None:
@@ -129,13 +145,14 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
     def _bound_run(
         self, session: Any, tower: str, inputs: NDArray[np.generic], outputs: Sequence[str]
     ) -> list[Float32]:
-        binding = session.io_binding()
-        value = self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(inputs), self.memory, self._number)
-        binding.bind_ortvalue_input(INPUT_NAMES[tower], value)
-        for name in outputs:
-            binding.bind_output(name, self.memory, self._number)
-        session.run_with_iobinding(binding)
-        results: list[Float32] = binding.copy_outputs_to_cpu()
+        with self._errors(f"failed on {len(inputs)} {tower}s on {self.device}"):
+            binding = session.io_binding()
+            value = self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(inputs), self.memory, self._number)
+            binding.bind_ortvalue_input(INPUT_NAMES[tower], value)
+            for name in outputs:
+                binding.bind_output(name, self.memory, self._number)
+            session.run_with_iobinding(binding)
+            results: list[Float32] = binding.copy_outputs_to_cpu()
         return results
 
 
@@ -146,6 +163,14 @@ class OnnxRuntimeTensorrtBackend(OnnxRuntimeCudaBackend):
     """
 
     name = "onnxruntime-tensorrt"
+
+    def _graph(self, tower: str) -> bytes:
+        """Without what TensorRT's parser refuses: the graph would be cut there, and its parts have no profiles."""
+        from longclip_rt.export.engine_network import drop_softmax_precision
+
+        model = require("onnx", "tensorrt").load(str(self._graphs[tower]))
+        drop_softmax_precision(model)
+        return bytes(model.SerializeToString())
 
     def _cache(self) -> Path:
         folder = super()._cache()

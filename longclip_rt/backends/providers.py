@@ -78,6 +78,8 @@ def provider_settings(
     options: dict[str, Option] = {
         "device_id": device,
         "trt_fp16_enable": precision == "fp16",
+        # What the graph has in fp32 between fp16, above all the statistics of LayerNorm, is not to be lowered.
+        "trt_layer_norm_fp32_fallback": True,
         "trt_engine_cache_enable": True,
         "trt_engine_cache_path": str(cache),
         "trt_timing_cache_enable": True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import deque
@@ -92,6 +93,7 @@ class TensorrtBackend(Backend):
                 plan = self.engine.plan(tower)
                 head = load_head(self.engine.path, tower, self._gpu.arch)
                 self._gpu.activate()
+                self._logger.errors.clear()
                 if self._runtime is None:
                     self._runtime = self._started()
                 engine = self._runtime.deserialize_cuda_engine(plan)
@@ -133,10 +135,11 @@ class TensorrtBackend(Backend):
     def close(self) -> None:
         """Waits for what is in flight, and lets go of the GPU's memory. The next call opens the engines again."""
         with self._lock:
-            runners, self._runners = list(self._runners.values()), {}
-            for runner in runners:
-                runner.close()
-            self._runtime = None
+            runners, self._runners, self._runtime = list(self._runners.values()), {}, None
+            with contextlib.ExitStack() as stack:  # each, whatever becomes of the others
+                stack.callback(self._gpu.release)
+                for runner in runners:
+                    stack.callback(runner.close)
 
 
 class TensorrtRtxBackend(TensorrtBackend):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -181,8 +182,8 @@ def embed(
         plan_embedding(files, output, settings)
         from longclip_rt.runtime import Embedder
 
-        embedder = Embedder.from_bundle(bundle, backend, precision, pca, pca_mode, devices)
-        with _Bar(quiet) as bar:
+        opened = Embedder.from_bundle(bundle, backend, precision, pca, pca_mode, devices)
+        with contextlib.closing(opened) as embedder, _Bar(quiet) as bar:
             report = embed_files(files, output, embedder, settings, bar)
     except KeyboardInterrupt:
         click.echo("Stopped. Give the same command again to go on, or add --restart to begin anew.", err=True)

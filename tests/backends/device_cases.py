@@ -35,7 +35,8 @@ DIM, WIDTH = 8, 16
 def empty_log() -> Iterator[None]:
     DRIVER.imitated_log_clear()
     yield
-    DRIVER.imitated_fail_allocations(0)
+    DRIVER.imitated_fail_allocations(-1)
+    DRIVER.imitated_fail_waiting(0)
 
 
 def log(pattern: str = "") -> list[str]:
@@ -150,7 +151,7 @@ def test_graphs_are_bounded() -> None:
     opened = runner(engine, graphs=3)
     for rows in (1, 2, 3, 4):
         for length in (5, 15):
-            for _ in range(3):
+            for _ in range(3 + 8 * 3):
                 batch = ids(rows, length)
                 np.testing.assert_array_equal(opened.run(batch, ["text_embeds"])[0], expected(batch))
                 assert len(log("^capture graph")) - len(log("^destroy graph")) <= 3
@@ -232,14 +233,55 @@ def test_a_failed_batch_costs_no_slot_and_names_itself() -> None:
 
 def test_too_little_memory_is_a_sentence_with_the_need() -> None:
     gpu = Gpu(0)
-    DRIVER.imitated_fail_allocations(1)
-    with pytest.raises(BackendError, match=r"needs 0 MiB on GPU 0, cannot be opened: .*OUT_OF_MEMORY.*smaller"):
-        EngineRunner(LIBRARY, Checked(text_engine(), real.ICudaEngine), gpu, "text")
-    DRIVER.imitated_fail_allocations(0)
+    for after in (0, 1, 7, 20):
+        DRIVER.imitated_log_clear()
+        DRIVER.imitated_fail_allocations(after)
+        with pytest.raises(BackendError, match=r"needs 0 MiB on GPU 0, cannot be opened: .*OUT_OF_MEMORY.*smaller"):
+            EngineRunner(LIBRARY, Checked(text_engine(), real.ICudaEngine), gpu, "text")
+        assert len(log("^free")) == len(log("^allocate")) == after  # at once, for whoever opens next
+        assert len(log("^destroy stream")) == len(log("^create stream"))
+    DRIVER.imitated_fail_allocations(-1)
+    DRIVER.imitated_log_clear()
     engine = text_engine()
     engine.refuse = {"context"}
     with pytest.raises(BackendError, match="no execution context"):
         runner(engine)
+    assert len(log("^free")) == len(log("^allocate")) > 0
+
+
+def test_closing_a_gpu_that_failed_lets_go_of_all_and_of_those_who_wait() -> None:
+    engine = text_engine()
+    opened = runner(engine)
+    for _ in range(3):
+        opened.run(ids(3, 5), ["text_embeds"])
+    DRIVER.imitated_fail_waiting(1)
+    with pytest.raises(BackendError, match="GPU 0 failed while the text engine was closed"):
+        opened.close()
+    opened.close()
+    # Page-locked memory waits for its stream before it is let go of, so that stays with the failed context.
+    assert len(log("^free")) >= len(log("^allocate device")) and len(log("^destroy stream")) == 3
+    assert len(log("^destroy graph")) == len(log("^capture graph")) == 1
+    assert len(engine.contexts) <= 1  # the graph's, which the error's traceback still holds
+    with pytest.raises(BackendError, match="was closed while it was in use"):
+        opened.run(ids(3, 5), ["text_embeds"])
+
+
+@pytest.mark.parametrize("refused", ["capture", *(["capturable"] if imitated.PACKAGE == "tensorrt_rtx" else [])])
+def test_what_cannot_be_captured_runs_without_a_graph_and_says_so_once(
+    refused: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = text_engine()
+    engine.refuse = {refused}
+    opened = runner(engine)
+    for turn in range(6):
+        batch = ids(3 + turn % 2, 5, seed=turn)
+        np.testing.assert_array_equal(opened.run(batch, ["text_embeds"])[0], expected(batch))
+    assert not log("^launch graph")
+    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    reason = {"capture": "TensorRT refused a batch", "capturable": "would allocate memory or compile"}[refused]
+    assert "cannot be captured as a CUDA graph, and runs without: " in record.message and reason in record.message
+    opened.close()
+    assert len(log("^free")) == len(log("^allocate"))
 
 
 def test_an_engine_of_something_else_is_refused() -> None:

@@ -39,7 +39,7 @@ struct Graph { int number; Op *first, *last; int refs; };
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static char *text;
 static size_t used, room;
-static int streams, graphs, fail_allocations;
+static int streams, graphs, fail_allocations = -1, fail_waiting;
 
 static void note(const char *format, ...) {
     va_list list;
@@ -52,7 +52,9 @@ static void note(const char *format, ...) {
 }
 const char *imitated_log(void) { return text ? text : ""; }
 void imitated_log_clear(void) { used = 0; if (text) text[0] = 0; }
-void imitated_fail_allocations(int yes) { fail_allocations = yes; }
+/* Allocations fail after so many more; -1: none does. Waiting for a stream fails, or not. */
+void imitated_fail_allocations(int after) { fail_allocations = after; }
+void imitated_fail_waiting(int yes) { fail_waiting = yes; }
 
 static void compute(const Op *op) {
     for (int r = 0; r < op->rows; r++) {
@@ -140,7 +142,8 @@ CUresult cuMemGetInfo(size_t *f, size_t *t) { *f = 7u << 28; *t = 8u << 28; retu
 
 /* Memory. */
 static CUresult allocate(Ptr *p, size_t n, const char *where) {
-    if (fail_allocations) return 2;
+    if (!fail_allocations) return 2;
+    if (fail_allocations > 0) fail_allocations--;
     *p = (Ptr)aligned_alloc(256, (n + 255) / 256 * 256);
     memset((void *)*p, 0xAB, n);
     LOCKED(note("allocate %s %zu", where, n));
@@ -154,8 +157,8 @@ CUresult cuMemGetMemPool(void **pool, void *location, int type) { *pool = &host_
 CUresult cuMemPoolGetAttribute(void *pool, int a, void *v) { *(uint64_t *)v = 0; return OK; }
 CUresult cuMemPoolSetAttribute(void *pool, int a, void *v) { return OK; }
 CUresult cuMemPoolSetAccess(void *pool, const void *d, size_t n) { return OK; }
-CUresult cuMemPoolCreate(void **pool, const void *properties) { *pool = &host_pool; return OK; }
-CUresult cuMemPoolDestroy(void *pool) { return OK; }
+CUresult cuMemPoolCreate(void **pool, const int *properties) { *pool = properties[2] == 1 ? &device_pool : &host_pool; return OK; }
+CUresult cuMemPoolDestroy(void *pool) { LOCKED(note("destroy pool")); }
 CUresult cuMemAllocFromPoolAsync(Ptr *p, size_t n, void *pool, Stream *s) { return allocate(p, n, pool == &host_pool ? "pinned" : "device"); }
 CUresult cuMemAllocAsync(Ptr *p, size_t n, Stream *s) { return allocate(p, n, "device"); }
 CUresult cuMemAlloc(Ptr *p, size_t n) { return allocate(p, n, "device"); }
@@ -184,6 +187,7 @@ CUresult cuCtxGetStreamPriorityRange(int *low, int *high) { *low = *high = 0; re
 CUresult cuStreamDestroy(Stream *s) { LOCKED(run_until(s, s->enqueued); note("destroy stream %d", s->number)); }
 CUresult cuStreamSynchronize(Stream *s) {
     if (s->capturing) return STREAM_CAPTURE_UNSUPPORTED;
+    if (fail_waiting) return 700;
     LOCKED(run_until(s, s->enqueued));
 }
 CUresult cuStreamGetCtx(Stream *s, void **c) { *c = current; return OK; }

@@ -217,11 +217,15 @@ class Context:
         self.addresses[name] = memory
         return any(tensor.name == name for tensor in self.engine.tensors) and memory % 256 == 0
 
+    def is_stream_capturable(self, stream: int) -> bool:
+        return self.settled and stream > 0 and "capturable" not in self.engine.refuse
+
     def execute_async_v3(self, stream_handle: int) -> bool:
         engine, status = self.engine, ctypes.c_int()
         engine.driver.cuStreamIsCapturing(ctypes.c_void_p(stream_handle), ctypes.byref(status))
         complete = self.memory and self.shape and set(self.addresses) == {tensor.name for tensor in engine.tensors}
-        if not complete or (status.value and not self.settled) or "run" in engine.refuse:
+        refused = "run" in engine.refuse or (status.value and "capture" in engine.refuse)
+        if not complete or (status.value and not self.settled) or refused:
             return False
         self.settled = True
         given = next(tensor for tensor in engine.tensors if tensor.is_input)

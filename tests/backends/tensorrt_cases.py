@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import device_cases
 import imitated_tensorrt as imitated
 import numpy as np
 import pytest
@@ -126,6 +127,27 @@ def test_no_engine_a_damaged_plan_and_an_unreadable_one(bundle: Bundle, caplog: 
         KIND(bundle, "fp16").encode_text(ids(2, 5))
 
 
+def test_an_error_of_before_is_not_taken_for_the_reason(bundle: Bundle) -> None:
+    put_engine(bundle, b"plan of another version")
+    backend = KIND(bundle, "fp16")
+    backend._logger.log(imitated.real.ILogger.Severity.ERROR, "Out of memory")
+    with pytest.raises(BackendError, match="the library said: the plan is not what"):
+        backend.encode_text(ids(2, 5))
+
+
+def test_closing_gives_the_memory_back_even_where_one_tower_fails(bundle: Bundle) -> None:
+    backend = KIND(bundle, "fp16")
+    backend.prepare()
+    device_cases.DRIVER.imitated_fail_waiting(1)
+    with pytest.raises(BackendError, match="failed while the text engine was closed"):
+        backend.close()
+    device_cases.DRIVER.imitated_fail_waiting(0)
+    assert len(log("^destroy stream")) == 6 and len(log("^destroy pool")) == 1
+    backend.encode_text(ids(2, 5))
+    backend.close()
+    assert len(log("^destroy pool")) == 2
+
+
 def test_without_the_library_a_sentence_says_so(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(BackendError, match=r"package tensorrt cannot be imported.*pip install tensorrt"):
@@ -158,7 +180,7 @@ def test_the_head_beside_the_engine_gives_the_pca(bundle: Bundle) -> None:
 
 if imitated.PACKAGE == "tensorrt_rtx":
 
-    def test_kernels_are_compiled_for_captured_shapes_and_kept(
+    def test_kernels_that_fit_all_shapes_are_shared_and_kept(
         bundle: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         caplog.set_level("INFO")
@@ -167,20 +189,25 @@ if imitated.PACKAGE == "tensorrt_rtx":
         for _ in range(3):
             np.testing.assert_array_equal(backend.encode_text(batch), expected(batch))
         created = backend._runner("text")._engine.imitation.created
-        assert created == ["NONE", "NONE", "EAGER"]  # two profiles, and the graph of the shape that came again
+        assert created == ["NONE"] * 3  # two profiles, and the graph of the shape that came again
         file = tmp_path / "cache/longclip-rt/tensorrt-rtx" / backend.engine.path.name / "text.Imitated-GPU.kernels"
         assert not file.exists()
         backend.close()
-        assert file.read_bytes() == b"NONENONEEAGER" and [each.name for each in file.parent.iterdir()] == [file.name]
+        assert file.read_bytes() == b"NONE" * 3 and [each.name for each in file.parent.iterdir()] == [file.name]
         backend.encode_text(batch)  # opened again, it begins with them
         backend.close()
-        assert file.read_bytes() == b"NONENONEEAGER" + b"NONENONE"
+        assert file.read_bytes() == b"NONE" * 5
         file.write_bytes(b"other driver")
         backend.encode_text(batch)
         backend.close()
-        assert file.read_bytes() == b"NONENONE" and "is of another GPU, driver or version" in caplog.text
-        shutil.rmtree(file.parent.parent)
-        file.parent.parent.write_text("in the way")
-        np.testing.assert_array_equal(backend.encode_text(batch), expected(batch))
-        backend.close()
-        assert "compiled are not kept" in caplog.text
+        assert file.read_bytes() == b"NONE" * 2 and "is of another GPU, driver or version" in caplog.text
+        for in_the_way, said in (("folder", "compiled before cannot be read"), ("file", "compiled are not kept")):
+            shutil.rmtree(file.parent.parent)
+            if in_the_way == "folder":
+                file.mkdir(parents=True)
+                (file / "x").touch()
+            else:
+                file.parent.parent.write_text("")
+            np.testing.assert_array_equal(backend.encode_text(batch), expected(batch))
+            backend.close()
+            assert said in caplog.text

@@ -9,6 +9,7 @@ from tiny_models import TINY, token_ids
 
 from longclip_rt.backends import open_backend
 from longclip_rt.backends.onnxruntime import (
+    OnnxRuntimeBackend,
     OnnxRuntimeCudaBackend,
     OnnxRuntimeTensorrtBackend,
     assignments,
@@ -105,6 +106,38 @@ def test_onnx_runtime_tells_which_nodes_are_on_the_cpu(tiny_bundle: Path, tower:
     left = [Assignment(CUDA if node.operator in ("Attention", "MatMul") else CPU, node.operator) for node in found]
     with pytest.raises(BackendError, match="LayerNormalization"):
         check_assignment("onnxruntime-cuda", left)
+
+
+def test_the_tensorrt_provider_gets_a_graph_that_its_parser_takes(tiny_bundle: Path) -> None:
+    import onnx
+    import onnxruntime
+
+    backend = OnnxRuntimeTensorrtBackend(load_bundle(tiny_bundle), "fp32")
+    content = backend._graph("text")
+    attributes = {one.name for node in onnx.load_from_string(content).graph.node for one in node.attribute}
+    assert "is_causal" in attributes and "softmax_precision" not in attributes
+    ids = token_ids([3, 20, 9]).numpy()
+    whole, changed = (
+        onnxruntime.InferenceSession(graph, providers=[CPU]).run(["text_embeds"], {"input_ids": ids})[0]
+        for graph in (str(tiny_bundle / "text.onnx"), content)
+    )
+    np.testing.assert_allclose(changed, whole, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [OnnxRuntimeCudaBackend, OnnxRuntimeBackend])
+def test_what_goes_wrong_in_a_run_is_a_sentence(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, kind: type[OnnxRuntimeBackend]
+) -> None:
+    class Failing:
+        def fail(self, *arguments: object) -> None:
+            raise RuntimeError("no kernel image is available")
+
+        run = io_binding = fail
+
+    backend = kind(load_bundle(tiny_bundle), "fp32")
+    monkeypatch.setattr(backend, "_session", lambda tower: Failing())
+    with pytest.raises(BackendError, match=r"ONNX Runtime failed on 2 texts.*: no kernel image"):
+        backend.encode_text(token_ids([5, 6]).numpy())
 
 
 class BoundOnTheCpu(OnnxRuntimeCudaBackend):

@@ -77,8 +77,12 @@ class FakeEmbedder:
         self.tokenizer = FakeTokenizer()
         self.transform = FakeTransform()
         self.delay = delay
+        self.closed = False
         self.description = {"bundle": "0" * 64, "model": "fake", "backend": "none", "precision": "fp32", **description}
         self.shapes: list[tuple[int, ...]] = []
+
+    def close(self) -> None:
+        self.closed = True
 
     def describe(self) -> dict[str, str]:
         return dict(self.description)

@@ -280,6 +280,7 @@ def test_a_run_that_is_killed_leaves_no_process(eager, stop, late):
     run.send_signal(stop)
     # The processes have the run's standard error, which so comes to its end when the last of them has ended.
     _, err = run.communicate(timeout=30)
-    assert run.returncode == -stop, err
+    # An interrupt that comes while a thread is being started may end the program as an error of its own.
+    assert run.returncode == -stop or (stop == signal.SIGINT and run.returncode == 1), err
     # Python's own word about the interrupt, and nothing of the processes.
     assert err.count("Traceback") == (stop == signal.SIGINT)

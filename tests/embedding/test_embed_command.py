@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,21 +15,24 @@ from longclip_rt.errors import InputError, OutputError
 
 
 @pytest.fixture(autouse=True)
-def loaded(tmp_path, monkeypatch) -> list[tuple]:
+def loaded(tmp_path, monkeypatch) -> Iterator[list[tuple]]:
     """A folder with texts, and a runtime that makes fake embedders; returns what was asked of it."""
     monkeypatch.chdir(tmp_path)
     Path("texts.txt").write_text("a red cup\n\na blue cup of coffee\n")
     Path("files.txt").write_text("# one is absent\ntexts.txt\nabsent.jpg\n")
     calls: list[tuple] = []
+    made: list[FakeEmbedder] = []
 
     def from_bundle(path=None, backend="auto", precision="auto", pca=None, pca_mode="project", devices=None):
         calls.append((path, backend, precision, pca, pca_mode, devices))
-        return FakeEmbedder()
+        made.append(FakeEmbedder())
+        return made[-1]
 
     runtime = types.ModuleType("longclip_rt.runtime")
     runtime.Embedder = types.SimpleNamespace(from_bundle=from_bundle)
     monkeypatch.setitem(sys.modules, "longclip_rt.runtime", runtime)
-    return calls
+    yield calls
+    assert all(embedder.closed for embedder in made)
 
 
 def run(*arguments: str, **options) -> Result:
