@@ -121,6 +121,28 @@ def test_auto_takes_openvino_and_the_next_when_it_is_absent(
         open_backend(bundle)
 
 
+def test_a_tensorrt_that_is_too_old_or_broken_is_not_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.machinery
+    import types
+
+    from longclip_rt.machine import CudaDevice
+
+    monkeypatch.setattr("longclip_rt.machine.cuda_devices", lambda: [CudaDevice("NVIDIA L4", 89, 24 << 30)])
+    library = types.ModuleType("tensorrt")
+    library.__spec__ = importlib.machinery.ModuleSpec("tensorrt", None)
+    library.Builder, library.__version__ = object, "10.0.1"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tensorrt", library)
+    monkeypatch.setitem(sys.modules, "cuda.core", types.ModuleType("cuda.core"))
+    sys.modules["cuda.core"].__spec__ = importlib.machinery.ModuleSpec("cuda.core", None)
+    state = availability("tensorrt")
+    assert not state.usable and state.reason == "tensorrt 10.0.1 is too old; 10.14 or newer is needed"
+    assert state.remedy == 'pip install -U "longclip-rt[gpu,tensorrt]"'
+    library.__version__ = "11.4.0"
+    assert availability("tensorrt").usable and availability("tensorrt").precisions == ("fp16", "fp32")
+    del library.Builder  # type: ignore[attr-defined]
+    assert "is there and is empty" in availability("tensorrt").reason
+
+
 def test_fp16_without_an_fp16_graph_is_an_error(tiny_bundle: Path, tmp_path: Path) -> None:
     import json
 

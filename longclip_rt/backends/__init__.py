@@ -97,7 +97,7 @@ def availability(name: str) -> Availability:
         from longclip_rt.machine import cuda_devices
 
         if name.startswith("tensorrt"):
-            why = None if cuda_devices() else NO_GPU
+            why = _not_importable(name) if cuda_devices() else NO_GPU
         else:
             import onnxruntime
 
@@ -106,6 +106,17 @@ def availability(name: str) -> Availability:
             return Availability(name, False, reason=why[0], remedy=why[1])
         return Availability(name, True, ("fp16", "fp32"))
     return Availability(name, True, ("fp32", "fp16") if name == "onnxruntime" else PRECISIONS)
+
+
+def _not_importable(name: str) -> tuple[str, str] | None:
+    """Why TensorRT, which is installed, does not import here or is too old, and the command that mends it."""
+    from longclip_rt.engines import import_library
+
+    try:
+        import_library(name)
+    except BackendError as error:
+        return str(error).partition(" Install it with")[0].rstrip("."), _REMEDIES[name].replace("install", "install -U")
+    return None
 
 
 def _found(module: str) -> bool:
