@@ -191,7 +191,7 @@ def test_further_outputs_are_in_the_engine(tiny_bundle: Path, tmp_path: Path) ->
 
 def test_what_cannot_be_built_says_why(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    monkeypatch.setattr("longclip_rt.export.engine.cuda_devices", lambda: [])
+    monkeypatch.setattr("longclip_rt.export.engine_builders.cuda_devices", lambda: [])
     with pytest.raises(EngineError, match=r"tensorrt: .*be imported.*pip install tensorrt\. tensorrt-rtx: .*--arch"):
         choose_builders()
     with pytest.raises(EngineError, match=r"does not build for sm_90; it builds for sm75, .*sm121"):
@@ -208,7 +208,9 @@ def test_what_cannot_be_built_says_why(bundle: Bundle, monkeypatch: pytest.Monke
 
 
 def test_the_card_that_is_here_is_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longclip_rt.export.engine.cuda_devices", lambda: [CudaDevice("RTX 4090", 89, 24 << 30)])
+    monkeypatch.setattr(
+        "longclip_rt.export.engine_builders.cuda_devices", lambda: [CudaDevice("RTX 4090", 89, 24 << 30)]
+    )
     chosen = choose_builders("tensorrt-rtx")
     assert (chosen.archs, chosen.here, chosen.gpu) == ((89,), (89,), "")
     assert choose_builders("tensorrt-rtx", (75, 89)).here == (89,)

@@ -31,7 +31,7 @@ def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
     activations = tuple(BlockActivation(tower, 0, 1.0, "input") for tower in ("text", "image"))
     given = (bundle, ParityReport((), activations, 1, 1))
     monkeypatch.setattr("longclip_rt.export.exporter.export_bundle", lambda options, progress: given)
-    monkeypatch.setattr("longclip_rt.export.engine.cuda_devices", lambda: [])
+    monkeypatch.setattr("longclip_rt.export.engine_builders.cuda_devices", lambda: [])
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     return bundle
 
