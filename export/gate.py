@@ -49,10 +49,10 @@ def device_checks(
 
 def _opened(bundle: Bundle, backend: str, precision: str, devices: Sequence[int] | None) -> Backend:
     """Opens what is to be checked. That another backend is right says nothing of engines that cannot be opened."""
-    engines = [each for each in engines_of(bundle)[0] if precision in ("auto", each.key.precision)]
-    if backend != "auto" or not engines:
+    engines, reasons = engines_of(bundle)
+    engines = [each for each in engines if precision in ("auto", each.key.precision)]
+    if backend != "auto" or not (engines or reasons):
         return open_backend(bundle, backend, precision, devices)
-    reasons = []
     for library in LIBRARIES:
         if any(each.key.library == library for each in engines):
             try:
@@ -60,8 +60,9 @@ def _opened(bundle: Bundle, backend: str, precision: str, devices: Sequence[int]
             except (BackendError, MissingExtraError) as error:
                 reasons.append(str(error))
     raise BackendError(
-        f"The bundle {bundle.path} has engines, and none of them can be used here. {' '.join(reasons)} Another backend "
-        "is checked by its name: longclip-rt engine verify --backend NAME"
+        f"The bundle {bundle.path} has engines, and none of them can be used here. "
+        f"{' '.join(reason.rstrip('.') + '.' for reason in reasons)} Another backend is checked by its name: "
+        "longclip-rt engine verify --backend NAME"
     )
 
 

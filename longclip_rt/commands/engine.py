@@ -120,8 +120,9 @@ def verify(bundle: Path, backend: str, precision: str, devices: tuple[int, ...] 
     """Run the whole parity gate on the device, as the export ran it on a CPU.
 
     The reference is the bundle's own fp32 graphs on the CPU, which the export held to the PyTorch model: neither torch
-    nor the weights are needed. Any backend can be checked; `auto` takes what the runtime would take, but fails where the
-    bundle has engines and none of them can be used. One failed check makes the exit status 1. The table goes to stdout.
+    nor the weights are needed. Any backend can be checked; `auto` takes what the runtime would take, but fails where
+    the bundle has engines and none of them can be used. One failed check makes the exit status 1. The table goes to
+    stdout.
 
     \b
     Examples:

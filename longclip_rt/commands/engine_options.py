@@ -115,7 +115,7 @@ def built_with_a_bar(
     missing: bool = False,
     ready: Callable[[BuiltEngine], None] = lambda result: None,
 ) -> None:
-    """Builds with a bar on stderr, and prints each engine's summary there as soon as it is built; then calls `ready`."""
+    """Builds with a bar on stderr, prints each engine's summary there as soon as it is built, and calls `ready`."""
     from tqdm import tqdm
 
     from longclip_rt.export.engine import WITH_PLUGINS, build_engines, has_plugin_graphs, without_effect
@@ -170,8 +170,8 @@ def summary(result: BuiltEngine) -> list[str]:
             )
         if facts["decomposable"]:
             lines.append(
-                f"    {facts['decomposable']} attention blocks are in fp32, which no fused kernel takes; they are taken "
-                "apart"
+                f"    {facts['decomposable']} attention blocks are in fp32, which no fused kernel takes; they are "
+                "taken apart"
             )
         if engine.key.options["batches"][0] == 1 and facts["profiles"][0]["most"] > 1:
             lines.append(
