@@ -183,7 +183,8 @@ def engines_of(bundle: Bundle) -> tuple[list[Engine], list[str]]:
         try:
             found.append(((folder / MANIFEST).stat().st_mtime_ns, engine_at(folder)))
         except (OSError, ValueError) as error:
-            wrong.append(f"{folder.name}: its {MANIFEST} cannot be used ({error}); build it again with: {AGAIN}")
+            again = f"build it again with: {AGAIN} (and remove this folder if it stays)"  # one of another layout does
+            wrong.append(f"{folder.name}: its {MANIFEST} cannot be used ({error}); {again}")
     return [engine for _, engine in sorted(found, key=lambda pair: -pair[0])], wrong
 
 

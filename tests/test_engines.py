@@ -129,7 +129,7 @@ def test_a_field_of_another_type_passes_one_engine_over_and_stops_nothing(
     (folder / MANIFEST).write_text(json.dumps(about))
     (wrong,) = engines_of(bundle)[1]
     assert wrong.startswith("bad: its engine.json cannot be used (")
-    assert wrong.endswith("; build it again with: longclip-rt engine build")
+    assert wrong.endswith("; build it again with: longclip-rt engine build (and remove this folder if it stays)")
     assert find_engine(bundle, TARGET, "fp16").path.name == "good"
 
 

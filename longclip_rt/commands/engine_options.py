@@ -71,7 +71,7 @@ def builds_engines(command: Function) -> Function:
         ),
         click.option(
             "--optimization-level", type=click.IntRange(0, 5), metavar="N",
-            help="How long TensorRT searches for fast kernels, 0 to 5.  [default: TensorRT's own]",
+            help="How long TensorRT searches for fast kernels, 0 to 5; TensorRT-RTX heeds none.  [default: its own]",
         ),
     )  # fmt: skip
     for option in reversed(options):
