@@ -20,7 +20,7 @@ from typing import Any
 from common import save_table
 
 from longclip_rt.bundle import MANIFEST, Bundle, load_bundle
-from longclip_rt.commands.engine_options import BATCHES, TEXT_BUCKETS
+from longclip_rt.commands.engine_options import BATCHES, TEXT_BUCKETS, fused_attention
 from longclip_rt.engines import LIBRARIES
 from longclip_rt.export.engine import EngineOptions, build_engines, choose_builders
 
@@ -54,7 +54,7 @@ def rows_of(bundle: Bundle, engine: Any) -> list[dict[str, object]]:
                     "rows": f"{profile['least']}-{profile['most']}",
                     "workspace MiB": mib(profile["memory"]),
                     "profiles": len(facts["profiles"]) if first else "",
-                    "fused attention": f"{facts['attention']} of {facts['blocks']}" if first else "",
+                    "fused attention": fused_attention(facts) if first else "",
                     "fp32 products": facts["fp32_products"] if first else "",
                     "weights MiB": mib(facts["weights"]) if first else "",
                     "plan MiB": mib(facts["plan_bytes"]) if first else "",

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import datetime
 import logging
-import os
-import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from longclip_rt.backends.head_kernel import HEAD_KERNEL, HEAD_OPERATORS, HEAD_PLUGIN, copy_head, head_archs
@@ -15,30 +14,47 @@ from longclip_rt.backends.profiles import Profile
 from longclip_rt.bundle import TOWERS, Bundle
 from longclip_rt.engines import (
     ENGINES,
-    LIBRARIES,
     TIMING_CACHE,
     Engine,
     EngineKey,
+    engine_at,
     engines_of,
     graph_hashes,
-    import_library,
+    head_hash,
     plan_name,
     write_engine_manifest,
 )
 from longclip_rt.errors import BundleError, EngineError
-from longclip_rt.export.engine_plan import PlanRequest, build_plan
+from longclip_rt.export.engine_builders import EVERY, Builders, choose_builders
+from longclip_rt.export.engine_folder import engine_in_the_making
+from longclip_rt.export.engine_plan import NoFusedAttention, PlanFacts, PlanRequest, build_plan
 from longclip_rt.export.head_graph import plugin_graph_name
-from longclip_rt.files import output_errors
-from longclip_rt.machine import cuda_devices
 from longclip_rt.version import __version__
+
+__all__ = [
+    "EVERY",
+    "WITH_LEVELS",
+    "WITH_PLUGINS",
+    "Builders",
+    "BuiltEngine",
+    "EngineOptions",
+    "build_engines",
+    "choose_builders",
+    "has_plugin_graphs",
+    "head_for",
+    "without_effect",
+]
 
 logger = logging.getLogger("longclip_rt")
 
 WITH_PLUGINS = ("tensorrt",)
 """Libraries that take plug-ins written in Python; TensorRT-RTX 1.7 ships without them."""
 
-EVERY = "all"
-"""Instead of architectures: every one that the library builds for."""
+WITH_LEVELS = ("tensorrt",)
+"""Libraries that heed an optimisation level; TensorRT-RTX 1.7 builds the same bytes with each."""
+
+LARGEST_WORKSPACE = 1 << 20
+"""MiB: 1 TiB, more than any GPU has. The library's own number has 64 bits and overflows far above."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +82,8 @@ class EngineOptions:
                 raise EngineError(
                     f"The {name} {list(numbers)} should be ascending numbers from 1 on, such as 1, 32, 256."
                 )
+        if self.workspace_mib is not None and not 1 <= self.workspace_mib <= LARGEST_WORKSPACE:
+            raise EngineError(f"The workspace of {self.workspace_mib} MiB should be 1 to {LARGEST_WORKSPACE} MiB.")
 
     def profiles(self, tower: str, context_length: int) -> tuple[Profile, ...]:
         """One profile per length and range of batch sizes; for images per range alone."""
@@ -86,82 +104,6 @@ class EngineOptions:
             "optimization_level": self.optimization_level,
             "workspace_mib": self.workspace_mib,
         }
-
-
-@dataclass(frozen=True)
-class Builders:
-    """The library that builds, and for which cards.
-
-    Attributes:
-        backend: `tensorrt` or `tensorrt-rtx`.
-        library: Its imported package.
-        archs: Compute capabilities times ten; an engine each.
-        gpu: The card that plans belong to; empty where they run on every card of their architecture.
-        here: Those of `archs` whose plans a GPU of this machine can load.
-        passed_over: Why it is not what stands before it in the order of `auto`; empty where nothing does.
-    """
-
-    backend: str
-    library: Any
-    archs: tuple[int, ...]
-    gpu: str
-    here: tuple[int, ...]
-    passed_over: str = ""
-
-
-def choose_builders(engine: str = "auto", archs: Sequence[int] | str = ()) -> Builders:
-    """Finds out what can build engines here.
-
-    Args:
-        engine: `tensorrt`, `tensorrt-rtx`, or `auto` for the first of the two that can.
-        archs: Compute capabilities times ten; `EVERY` for all; none for this machine's GPU.
-
-    Raises:
-        EngineError: None can; the message says why, of each.
-    """
-    if engine != "auto" and engine not in LIBRARIES:
-        raise EngineError(f"There is no library {engine!r} for engines; there are auto, {', '.join(LIBRARIES)}.")
-    reasons = []
-    for backend in LIBRARIES if engine == "auto" else (engine,):
-        try:
-            library = import_library(backend)
-            chosen, gpu, here = _cards(backend, library, archs)
-        except EngineError as error:
-            reasons.append(f"{backend}: {str(error).rstrip('.')}.")
-            continue
-        return Builders(backend, library, chosen, gpu, here, " ".join(reasons))
-    raise EngineError(f"No engine can be built. {' '.join(reasons)}")
-
-
-def _cards(backend: str, library: Any, archs: Sequence[int] | str) -> tuple[tuple[int, ...], str, tuple[int, ...]]:
-    devices = cuda_devices()
-    own = devices[0].arch if devices else None
-    if not hasattr(library, "ComputeCapability"):
-        if own is None:
-            raise EngineError(
-                "There is no NVIDIA GPU with a driver here, and TensorRT builds for the GPU that it runs on."
-            )
-        if archs and archs != EVERY and set(archs) != {own}:
-            wanted = ", ".join(f"sm_{arch}" for arch in archs)
-            raise EngineError(f"TensorRT builds for the GPU that it runs on, sm_{own} here, and not for {wanted}.")
-        return (own,), devices[0].name, (own,)
-    offered = tuple(
-        sorted(int(name.removeprefix("SM")) for name in library.ComputeCapability.__members__ if name.startswith("SM"))
-    )
-    listed = ", ".join(f"sm{arch}" for arch in offered)
-    chosen = offered if archs == EVERY else tuple(dict.fromkeys(int(arch) for arch in archs))
-    if not chosen:
-        if own is None:
-            raise EngineError(
-                f"There is no NVIDIA GPU here to build for. Name cards with --arch ({listed}), or --arch all."
-            )
-        chosen = (own,)
-    if unknown := [arch for arch in chosen if arch not in offered]:
-        raise EngineError(
-            f"{library.__name__} {library.__version__} does not build for "
-            f"{', '.join(f'sm_{arch}' for arch in unknown)}; it builds for {listed}."
-        )
-    return chosen, "", tuple(arch for arch in chosen if arch == own)
 
 
 @dataclass(frozen=True)
@@ -206,12 +148,27 @@ def head_for(bundle: Bundle, library: str, arch: int, precision: str) -> str:
     return HEAD_KERNEL if arch in archs else HEAD_OPERATORS
 
 
+def without_effect(options: EngineOptions, backend: str, context_length: int) -> list[str]:
+    """What was asked for and does nothing, a sentence each."""
+    told = []
+    if options.optimization_level is not None and backend not in WITH_LEVELS:
+        told.append(f"{backend} heeds no optimisation level; {options.optimization_level} is left out.")
+    beyond = [length for length in options.text_buckets if length > context_length]
+    if beyond and options.text_buckets != EngineOptions.text_buckets:
+        told.append(
+            f"Texts of this model have at most {context_length} tokens: a bucket of {context_length} is built, and of "
+            f"{', '.join(map(str, beyond))} none."
+        )
+    return told
+
+
 def build_engines(
     bundle: Bundle,
     builders: Builders,
     options: EngineOptions,
     missing: bool = False,
     report: Callable[[str, float], None] = lambda stage, done: None,
+    ready: Callable[[BuiltEngine], None] = lambda result: None,
 ) -> list[BuiltEngine]:
     """Builds a bundle's engines, one for each of the builders' architectures, into `engines/<key>/`.
 
@@ -221,34 +178,36 @@ def build_engines(
         options: What to build.
         missing: Keep engines that are there, whole, and have the same key.
         report: Called with what is being done and the part of everything that is done.
+        ready: Called with each engine as soon as it is there; those of other architectures may fail after it.
 
     Raises:
-        EngineError: The library refused a graph or an option, or ran out of memory; nothing of that engine is left.
+        EngineError: The library refused a graph or an option, or ran out of memory; nothing of that engine is left. Of
+            several architectures the others are built first.
         BundleError: The bundle has no graphs of the precision.
         MissingExtraError: onnx is not installed.
-        OutputError: The bundle's folder cannot be written.
+        OutputError: The bundle's folder cannot be written, or another process builds the same engine.
     """
     if options.precision not in bundle.precisions:
         raise BundleError(
             f"The bundle {bundle.path} holds {' and '.join(bundle.precisions)}, not {options.precision}, which its "
             f"engines would be built from. Export it again with --{options.precision}."
         )
-    results = []
+    if builders.backend not in WITH_LEVELS:
+        options = replace(options, optimization_level=None)
+    results, failed = [], []
     for number, arch in enumerate(builders.archs):
-        head = head_for(bundle, builders.backend, arch, options.precision)
-        chosen = options.for_key(bundle.architecture.context_length) | ({"pca_head": head} if head else {})
-        key = EngineKey(
-            builders.backend, str(builders.library.__version__), builders.gpu, (arch,), options.precision,
-            graph_hashes(bundle, options.precision), chosen,
-        )  # fmt: skip
-        there = next((engine for engine in engines_of(bundle)[0] if engine.key == key), None)
-        built = there is None or not missing or bool(there.damage())
-        if built:
-            share = _share(report, number, len(builders.archs), f"sm_{arch}")
-            _build_engine(bundle, builders, options, key, share)
-            there = next(engine for engine in engines_of(bundle)[0] if engine.key == key)
-        assert there is not None
-        results.append(BuiltEngine(there, built))
+        share = _share(report, number, len(builders.archs), f"sm_{arch}")
+        try:
+            result = _built_or_kept(bundle, builders, options, arch, missing, share)
+        except EngineError as error:
+            if len(builders.archs) == 1:
+                raise
+            failed.append(f"sm_{arch}: {error}")
+            continue
+        results.append(result)
+        ready(result)
+    if failed:
+        raise EngineError(f"{len(failed)} of {len(builders.archs)} engines could not be built. {' '.join(failed)}")
     return results
 
 
@@ -256,50 +215,86 @@ def _share(report: Callable[[str, float], None], number: int, count: int, name: 
     return lambda stage, done: report(f"{name} {stage}", (number + done) / count)
 
 
+def _built_or_kept(
+    bundle: Bundle,
+    builders: Builders,
+    options: EngineOptions,
+    arch: int,
+    missing: bool,
+    report: Callable[[str, float], None],
+) -> BuiltEngine:
+    head = head_for(bundle, builders.backend, arch, options.precision)
+    chosen = options.for_key(bundle.architecture.context_length) | ({"pca_head": head} if head else {})
+    key = EngineKey(
+        builders.backend, str(builders.library.__version__), builders.gpu, (arch,), options.precision,
+        graph_hashes(bundle, options.precision), chosen, head_hash(bundle, head),
+    )  # fmt: skip
+    there = next((engine for engine in engines_of(bundle)[0] if engine.key == key), None)
+    if missing and there is not None and not there.damage():
+        return BuiltEngine(there, False)
+    target = bundle.path / ENGINES / key.name
+    _build_engine(bundle, builders, options, key, target, report)
+    return BuiltEngine(engine_at(target), True)
+
+
 def _build_engine(
-    bundle: Bundle, builders: Builders, options: EngineOptions, key: EngineKey, report: Callable[[str, float], None]
+    bundle: Bundle,
+    builders: Builders,
+    options: EngineOptions,
+    key: EngineKey,
+    target: Path,
+    report: Callable[[str, float], None],
 ) -> None:
-    home = bundle.path / ENGINES
-    target, staging, old = (home / name for name in (key.name, f".{key.name}.{os.getpid()}", f".{key.name}.old"))
-    timings, head = _timings(bundle, key), str(key.options.get("pca_head", ""))
-    with output_errors(target):
-        staging.mkdir(parents=True)
-        try:
-            facts = {}
-            for number, tower in enumerate(TOWERS):
-                request = PlanRequest(
-                    builders.library, bundle, tower, options.precision,
-                    options.profiles(tower, bundle.architecture.context_length), key.archs[0],
-                    key.archs[0] in builders.here, options.optimization_level,
-                    None if options.workspace_mib is None else options.workspace_mib << 20, head,
-                )  # fmt: skip
-                share = _share(report, number, len(TOWERS), tower)
-                # The image tower, and every bucket, begins with what was measured before it.
-                made, timings = build_plan(request, staging / plan_name(tower), timings, share)
-                facts[tower] = made.to_dict()
-                if made.changed_nodes:
-                    logger.debug("%s: took softmax_precision out of %d Attention nodes", tower, made.changed_nodes)
-            (staging / TIMING_CACHE).write_bytes(timings)
-            if head == HEAD_KERNEL:
-                copied = copy_head(bundle.path, staging, key.archs)
-                assert copied
-            created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-            write_engine_manifest(staging, key, {"created": created, "longclip_rt": __version__, "towers": facts})
-            # Engines are opened whole: the old one stays until the new one is there.
-            shutil.rmtree(old, ignore_errors=True)
-            if target.exists():
-                target.rename(old)
-            staging.rename(target)
-            shutil.rmtree(old, ignore_errors=True)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+    with engine_in_the_making(target) as folder:
+        timings, facts = _timings(bundle, key), {}
+        for number, tower in enumerate(TOWERS):
+            share = _share(report, number, len(TOWERS), tower)
+            # The image tower, and every bucket, begins with what was measured before it.
+            made, timings = _build_tower(bundle, builders, options, key, tower, folder, timings, share)
+            facts[tower] = made.to_dict()
+            if made.changed_nodes:
+                logger.debug("%s: took softmax_precision out of %d Attention nodes", tower, made.changed_nodes)
+        (folder / TIMING_CACHE).write_bytes(timings)
+        if key.options.get("pca_head") == HEAD_KERNEL:
+            copied = copy_head(bundle.path, folder, key.archs)
+            assert copied
+        created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        write_engine_manifest(folder, key, {"created": created, "longclip_rt": __version__, "towers": facts})
+
+
+def _build_tower(
+    bundle: Bundle,
+    builders: Builders,
+    options: EngineOptions,
+    key: EngineKey,
+    tower: str,
+    folder: Path,
+    timings: bytes,
+    report: Callable[[str, float], None],
+) -> tuple[PlanFacts, bytes]:
+    context, arch = bundle.architecture.context_length, key.archs[0]
+    request = PlanRequest(
+        builders.library, bundle, tower, options.precision, options.profiles(tower, context), arch,
+        arch in builders.here, options.optimization_level,
+        None if options.workspace_mib is None else options.workspace_mib << 20, str(key.options.get("pca_head", "")),
+    )  # fmt: skip
+    try:
+        return build_plan(request, folder / plan_name(tower), timings, report)
+    except NoFusedAttention:
+        # TensorRT-RTX 1.7 has no kernel for one row of one head, and one for a range that begins with one row.
+        if options.batches[0] > 1 or len(options.batches) == 1:
+            raise
+    joined = replace(options, batches=options.batches[1:]).profiles(tower, context)
+    return build_plan(replace(request, profiles=joined), folder / plan_name(tower), timings, report)
 
 
 def _timings(bundle: Bundle, key: EngineKey) -> bytes:
     """The newest timing cache of this bundle that was measured on the same card with the same version."""
     for engine in engines_of(bundle)[0]:
         own = engine.key
-        same = (own.library, own.version, own.gpu, own.archs) == (key.library, key.version, key.gpu, key.archs)
-        if same and (engine.path / TIMING_CACHE).is_file():
-            return (engine.path / TIMING_CACHE).read_bytes()
+        if (own.library, own.version, own.gpu, own.archs) == (key.library, key.version, key.gpu, key.archs):
+            try:
+                return (engine.path / TIMING_CACHE).read_bytes()
+            except OSError as error:
+                logger.debug("passed over the timings of %s: %s", engine.path, error)
     return b""

@@ -25,7 +25,8 @@ class NetworkFacts:
 
     Attributes:
         layers: Type and precision of the first output, such as `MATRIX_MULTIPLY HALF`, -> number of such layers.
-        attention: Fused attention layers; each is a pair of an input and an output layer.
+        attention: Attention layers, each a pair of an input and an output layer. Those in fp32 may be taken apart when
+            the engine is built; `TensorrtGraph.decomposable` counts them.
         fp32_products: Matrix products and convolutions in fp32.
     """
 
@@ -49,13 +50,14 @@ class TensorrtGraph:
     decomposable: int
 
 
-def tensorrt_graph(path: Path, states_of: str = "") -> TensorrtGraph:
+def tensorrt_graph(path: Path, states_of: str = "", extra: str = "rtx") -> TensorrtGraph:
     """Reads a graph and makes two changes that TensorRT needs; the file stays as it is.
 
     Args:
         path: The graph's file.
         states_of: A tower whose graph is to hand out pooled states in the place of their PCA, for the kernel behind the
             engine; empty for the graph as it is.
+        extra: What installs onnx beside the library, for the message where it is missing: `rtx` or `tensorrt`.
 
     The parser refuses the attribute `softmax_precision` of `Attention`, with which the export asks ONNX Runtime and
     OpenVINO for an fp32 softmax. It is taken out. How TensorRT's fused attention rounds inside is said nowhere, so the
@@ -70,7 +72,7 @@ def tensorrt_graph(path: Path, states_of: str = "") -> TensorrtGraph:
         ExportError: States were asked for, and the graph has no PCA.
         MissingExtraError: onnx is not installed.
     """
-    onnx = require("onnx", "rtx")
+    onnx = require("onnx", extra)
     try:
         # Weights beside a graph are found by the parser, which is told where the graph was.
         model = onnx.load(str(path), load_external_data=False)

@@ -14,11 +14,16 @@ from longclip_rt.backends.base import INPUT_NAMES
 from longclip_rt.backends.head_kernel import HEAD_KERNEL, HEAD_PLUGIN
 from longclip_rt.backends.profiles import Profile
 from longclip_rt.bundle import Bundle
+from longclip_rt.engine_messages import no_fused_attention
 from longclip_rt.errors import EngineError
 from longclip_rt.export.engine_network import NetworkFacts, gate, network_facts, network_from_graph, tensorrt_graph
 from longclip_rt.export.engine_progress import BuildLog, Interruption, Report, logger_for, monitor_for
 from longclip_rt.export.head_graph import plugin_graph_name
 from longclip_rt.export.plugin import ensure_pca_head
+
+
+class NoFusedAttention(EngineError):
+    """A build that failed since an attention has no fused kernel for the shapes of its profiles."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,7 @@ def _build_plan(
     request: PlanRequest, target: Path, timing_cache: bytes, report: Report, interruption: Interruption
 ) -> tuple[PlanFacts, bytes]:
     started = time.perf_counter()
-    library, bundle, log = request.library, request.bundle, BuildLog()
+    library, bundle, log = request.library, request.bundle, BuildLog(request.here)
     logger = logger_for(library, log)
     what = f"the {request.tower} engine"
     try:
@@ -145,7 +150,8 @@ def _build_plan(
     except (TypeError, RuntimeError) as error:  # the bindings' way of passing on a null pointer
         raise EngineError(f"{library.__name__} does not start: {log.reason()}.") from error
     path, plugins = request.graph, request.head == HEAD_PLUGIN
-    graph = tensorrt_graph(path, request.tower if request.head == HEAD_KERNEL else "")
+    extra = "tensorrt" if library.__name__ == "tensorrt" else "rtx"
+    graph = tensorrt_graph(path, request.tower if request.head == HEAD_KERNEL else "", extra)
     if plugins:
         ensure_pca_head(library, request.arch)
     network, parser = network_from_graph(library, builder, logger, log, graph.content, path, plugins)
@@ -178,7 +184,12 @@ def _build_plan(
     plan = builder.build_serialized_network(network, config)
     interruption.raise_it()
     if plan is None:
-        raise EngineError(f"{library.__name__} could not build {what} for sm_{request.arch}: {log.reason()}.")
+        told = f"{library.__name__} could not build {what} for sm_{request.arch}: {log.reason()}."
+        if no_fused_attention(log.errors):
+            one = any(profile.most == 1 for profile in request.profiles)
+            hint = " It may be the range of one row: build with another, such as --batches 2,32,256." if one else ""
+            raise NoFusedAttention(told + hint)
+        raise EngineError(told)
     del parser, network  # they hold the weights once more
     target.write_bytes(plan)
     with _without_deprecations():

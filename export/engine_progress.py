@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from longclip_rt.engine_messages import meaning
+from longclip_rt.engine_messages import is_no_gpu, meaning
 
 logger = logging.getLogger("longclip_rt")
 
@@ -25,13 +25,18 @@ _WEIGHTS = re.compile(r"Total Weights Memory: (\d+) bytes")
 class BuildLog:
     """What a build's log said that matters later.
 
+    Args:
+        here: Whether a GPU of this machine can load what is built. Else that there is none is no error: TensorRT-RTX
+            says so of every build, and goes on.
+
     Attributes:
         errors: The errors, first to last.
         activations: Bytes that each profile computes in, in the order of the profiles.
         weights: Bytes of the weights on the device; None before the library says it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, here: bool = True) -> None:
+        self._here = here
         self.errors: list[str] = []
         self.activations: list[int] = []
         self.weights: int | None = None
@@ -39,7 +44,9 @@ class BuildLog:
     def note(self, message: str, is_error: bool) -> None:
         """Takes one message."""
         if is_error:
-            self.errors.append(message)
+            if self._here or not is_no_gpu(message):
+                logger.debug("TensorRT: %s", message)
+                self.errors.append(message)
         elif found := _ACTIVATIONS.search(message):
             self.activations.append(int(found[1]))
         elif found := _WEIGHTS.search(message):
@@ -62,10 +69,9 @@ def logger_for(library: Any, log: BuildLog) -> Any:
 
         def log(self, severity_of: Any, message: str) -> None:
             """Takes one message."""
-            is_error = severity_of in (severity.INTERNAL_ERROR, severity.ERROR)
-            if is_error or severity_of == severity.WARNING:
-                logger.debug("%s: %s", library.__name__, message)
-            log.note(message, is_error)
+            if severity_of == severity.WARNING:
+                logger.debug("TensorRT: %s", message)
+            log.note(message, severity_of in (severity.INTERNAL_ERROR, severity.ERROR))
 
     return Logger()
 

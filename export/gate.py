@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from longclip_rt.backends import availability, open_backend
+from longclip_rt.backends import Backend, availability, open_backend
 from longclip_rt.bundle import TOKENIZER, Bundle, load_bundle
-from longclip_rt.errors import BackendError
+from longclip_rt.engines import LIBRARIES, engines_of
+from longclip_rt.errors import BackendError, MissingExtraError
 from longclip_rt.examples import example_photos, parity_texts
 from longclip_rt.export.verify import Check, Sample, reference_from_backend, verify_backend
 from longclip_rt.preprocess import ImageTransform
@@ -23,7 +24,7 @@ def device_checks(
 
     Args:
         path: The bundle.
-        backend: As for `open_backend`.
+        backend: As for `open_backend`; but where `auto` meets engines of the precision, it opens one of them or fails.
         precision: Likewise.
         devices: Numbers of GPUs; each batch is run by one that is free.
 
@@ -32,7 +33,7 @@ def device_checks(
         BundleError: There is no bundle, or it is damaged.
     """
     bundle = load_bundle(path)
-    opened = open_backend(bundle, backend, precision, devices)
+    opened = _opened(bundle, backend, precision, devices)
     try:
         sample = sample_for(bundle)
         reference_runtime = next((name for name in ("onnxruntime", "openvino") if availability(name).usable), None)
@@ -44,6 +45,25 @@ def device_checks(
         return list(verify_backend(opened, sample, reference))
     finally:
         opened.close()
+
+
+def _opened(bundle: Bundle, backend: str, precision: str, devices: Sequence[int] | None) -> Backend:
+    """Opens what is to be checked. That another backend is right says nothing of engines that cannot be opened."""
+    engines, reasons = engines_of(bundle)
+    engines = [each for each in engines if precision in ("auto", each.key.precision)]
+    if backend != "auto" or not (engines or reasons):
+        return open_backend(bundle, backend, precision, devices)
+    for library in LIBRARIES:
+        if any(each.key.library == library for each in engines):
+            try:
+                return open_backend(bundle, library, precision, devices)
+            except (BackendError, MissingExtraError) as error:
+                reasons.append(str(error))
+    raise BackendError(
+        f"The bundle {bundle.path} has engines, and none of them can be used here. "
+        f"{' '.join(reason.rstrip('.') + '.' for reason in reasons)} Another backend is checked by its name: "
+        "longclip-rt engine verify --backend NAME"
+    )
 
 
 def sample_for(bundle: Bundle) -> Sample:

@@ -5,6 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+_NOT_FUSED = r"not supported by a dedicated kernel"
+_NO_GPU = re.compile(
+    r"driver version is insufficient|no cuda-capable device|cuda ?error (?:35|100)\b|cuda initialization failure|"
+    r"no_device|cuinit",
+    re.IGNORECASE,
+)
+
 # The first that matches any message is taken, so what is said of the cause stands before what follows from it.
 _MEANINGS = (
     (
@@ -18,8 +25,13 @@ _MEANINGS = (
         "last number of --batches, or a larger --workspace where one was given",
     ),
     (
-        r"not supported by a dedicated kernel",
+        _NOT_FUSED,
         "there is no fused attention for this model's head width or precision on this GPU. Use another backend there",
+    ),
+    (
+        r"FP32 GEMM is not supported",
+        "the library has no matrix products in fp32 for this GPU. Build it with --precision fp16, or leave its "
+        "architecture out",
     ),
     (
         r"version tag does not match|version_mismatch|not compatible with this version|expecting library version|"
@@ -36,12 +48,17 @@ _MEANINGS = (
         r"failed to parse the onnx model",
         "the file is damaged. Copy it or build it again: longclip-rt engine build",
     ),
-    (
-        r"driver version is insufficient|no cuda-capable device|cuda ?error (?:35|100)\b|cuda initialization failure|"
-        r"no_device|cuinit",
-        "there is no NVIDIA GPU with a driver new enough here. Check with: nvidia-smi",
-    ),
 )  # fmt: skip
+
+
+def is_no_gpu(message: str) -> bool:
+    """Whether an error only says that no GPU can be used here."""
+    return _NO_GPU.search(message) is not None
+
+
+def no_fused_attention(messages: Iterable[str]) -> bool:
+    """Whether errors say that an attention has no fused kernel."""
+    return any(re.search(_NOT_FUSED, message, re.IGNORECASE) for message in messages)
 
 
 def meaning(messages: Iterable[str]) -> str:
@@ -59,4 +76,11 @@ def meaning(messages: Iterable[str]) -> str:
             return sentence
     if not found:
         return "the library gave no reason"
-    return f"the library said: {' '.join(found[0].split()).rstrip('.')}"
+    told = [message for message in found if not is_no_gpu(message)]
+    if not told:
+        return "there is no NVIDIA GPU with a driver new enough here. Check with: nvidia-smi"
+    words = f"the library said: {' '.join(told[0].split()).rstrip('.')}"
+    if len(told) < len(found):
+        # The library goes on without a GPU where it can, so that may not be why.
+        words += ". There may also be no NVIDIA GPU with a driver new enough here. Check with: nvidia-smi"
+    return words

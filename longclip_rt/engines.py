@@ -8,23 +8,44 @@ can carry code.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
-import json
+import os
+import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from longclip_rt.backends.profiles import Profile
-from longclip_rt.bundle import TOWERS, Bundle, onnx_name
+from longclip_rt.bundle import TOWERS, Bundle
+from longclip_rt.engine_key import EngineKey, Target, graph_hashes, head_hash
+from longclip_rt.engine_manifest import MANIFEST, plan_name, read_engine_manifest, write_engine_manifest
 from longclip_rt.errors import EngineError
-from longclip_rt.files import sha256_of_file, sha256_of_json, write_text_atomically
 from longclip_rt.machine import cuda_devices
 
-FORMAT_VERSION = 1
+__all__ = [
+    "ENGINES",
+    "LIBRARIES",
+    "MANIFEST",
+    "TIMING_CACHE",
+    "Engine",
+    "EngineKey",
+    "Target",
+    "engine_at",
+    "engines_of",
+    "find_engine",
+    "graph_hashes",
+    "head_hash",
+    "import_library",
+    "plan_name",
+    "why_not_here",
+    "write_engine_manifest",
+]
+
 ENGINES = "engines"
-MANIFEST = "engine.json"
 TIMING_CACHE = "timing.cache"
+AGAIN = "longclip-rt engine build"
 LIBRARIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """Backend -> the Python package that builds and runs its engines."""
 
@@ -57,105 +78,19 @@ def import_library(backend: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Target:
-    """The machine that an engine is to run on.
-
-    Attributes:
-        library: `tensorrt` or `tensorrt-rtx`.
-        version: The library's version, in full.
-        gpu: The card's name.
-        arch: Its compute capability times ten.
-        memory: Its memory in bytes; None where it is not known.
-    """
-
-    library: str
-    version: str
-    gpu: str
-    arch: int
-    memory: int | None = None
-
-
-@dataclass(frozen=True)
-class EngineKey:
-    """What an engine belongs to.
-
-    Attributes:
-        library: `tensorrt` or `tensorrt-rtx`.
-        version: The library that built it; no other version reads the plan.
-        gpu: Name of the card that it was timed on; empty where it runs on every card of its architectures.
-        archs: Compute capabilities times ten.
-        precision: Of the graphs.
-        onnx: SHA-256 of each tower's graph as it is in the bundle.
-        options: What else it was built with: buckets, batches, optimisation level.
-    """
-
-    library: str
-    version: str
-    gpu: str
-    archs: tuple[int, ...]
-    precision: str
-    onnx: Mapping[str, str]
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """The folder's name."""
-        arch = "-".join(f"sm{arch}" for arch in self.archs)
-        return f"{self.library}-{arch}-{sha256_of_json(asdict(self))[:12]}"
-
-    def mismatch(self, bundle: Bundle, target: Target, precision: str) -> str:
-        """Why an engine of this key cannot run a bundle on a machine, in words; empty where it can.
-
-        Args:
-            bundle: The model.
-            target: The machine.
-            precision: The precision that is wanted.
-        """
-        if self.library != target.library:
-            return f"it was built for {self.library}, not {target.library}"
-        if self.version != target.version:
-            return f"it was built by version {self.version}, and {target.version} is installed"
-        if target.arch not in self.archs:
-            made = ", ".join(f"sm_{arch}" for arch in self.archs)
-            return f"it was built for {made}, and this GPU is sm_{target.arch}"
-        if self.gpu and self.gpu != target.gpu:
-            return f"it was built on {self.gpu}, and this GPU is {target.gpu}"
-        if self.precision != precision:
-            return f"it computes in {self.precision}, and {precision} is wanted"
-        graphs = graph_hashes(bundle, precision)
-        for tower in TOWERS:
-            if tower not in graphs or self.onnx.get(tower) != graphs[tower]:
-                return f"it was built from another {onnx_name(tower, precision)}"
-        return ""
-
-
-def graph_hashes(bundle: Bundle, precision: str) -> dict[str, str]:
-    """Tower -> SHA-256 of its graph in a precision, for those that the bundle has; weights beside the graph count."""
-    files = bundle.manifest["files"]
-    hashes = {}
-    for tower in TOWERS:
-        name = onnx_name(tower, precision)
-        if name in files:
-            beside = files.get(f"{name}.data")
-            own = str(files[name]["sha256"])
-            hashes[tower] = own if beside is None else sha256_of_json([own, beside["sha256"]])
-    return hashes
-
-
-@dataclass(frozen=True)
 class Engine:
     """An engine on disk.
 
     Attributes:
         path: Its folder.
         key: What it belongs to.
-        plans: SHA-256 of each tower's plan.
+        files: SHA-256 of each file: plans, timings, and the PCA head's where it has one.
         towers: What the builder noted of each tower: `profiles`, `weights`, `layers` and so on; empty where it did not.
     """
 
     path: Path
     key: EngineKey
-    plans: Mapping[str, str]
+    files: Mapping[str, str]
     towers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def profiles(self, tower: str) -> tuple[Profile, ...]:
@@ -185,13 +120,22 @@ class Engine:
         return reason
 
     def damage(self) -> str:
-        """What is wrong with its plans, in words; empty where they are as they were written. Reads them all."""
+        """What is wrong with its files, in words; empty where they are as they were written. Reads them all."""
         try:
-            for tower in TOWERS:
-                self.plan(tower)
+            for name in self.files:
+                self._read(name)
         except EngineError as error:
             return str(error)
         return ""
+
+    def check_head(self) -> None:
+        """Makes sure that the PCA head's files are as they were written, before they are loaded.
+
+        Raises:
+            EngineError: One is absent or damaged.
+        """
+        for name in sorted({*self.files} - {TIMING_CACHE, *map(plan_name, TOWERS)}):
+            self._read(name)
 
     def plan(self, tower: str) -> bytes:
         """Reads a tower's plan.
@@ -199,21 +143,29 @@ class Engine:
         Raises:
             EngineError: It is absent or damaged.
         """
-        file = self.path / plan_name(tower)
-        again = "Build it again with: longclip-rt engine build"
+        return self._read(plan_name(tower))
+
+    def _read(self, name: str) -> bytes:
+        file, wanted = self.path / name, self.files[name]
         try:
-            if (found := sha256_of_file(file)) != self.plans[tower]:
-                raise EngineError(
-                    f"{file} is damaged: its SHA-256 is {found[:12]}..., not {self.plans[tower][:12]}.... {again}"
-                )
-            return file.read_bytes()
-        except (OSError, KeyError) as error:
-            raise EngineError(f"{file} cannot be read: {error}. {again}") from error
+            content = file.read_bytes()
+        except OSError as error:
+            raise EngineError(f"{file} cannot be read: {error}. Build it again with: {AGAIN}") from error
+        if (found := hashlib.sha256(content).hexdigest()) != wanted:
+            raise EngineError(
+                f"{file} is damaged: its SHA-256 is {found[:12]}..., not {wanted[:12]}.... Build it again with: {AGAIN}"
+            )
+        return content
 
 
-def plan_name(tower: str) -> str:
-    """The file of a tower's plan."""
-    return f"{tower}.plan"
+def engine_at(folder: Path) -> Engine:
+    """The engine in a folder.
+
+    Raises:
+        OSError: Its `engine.json` cannot be read.
+        ValueError: It is damaged, or of another version.
+    """
+    return Engine(folder, *read_engine_manifest(folder))
 
 
 def engines_of(bundle: Bundle) -> tuple[list[Engine], list[str]]:
@@ -221,19 +173,18 @@ def engines_of(bundle: Bundle) -> tuple[list[Engine], list[str]]:
     found: list[tuple[int, Engine]] = []
     wrong: list[str] = []
     home = bundle.path / ENGINES
-    for folder in sorted(home.iterdir()) if home.is_dir() else ():
-        if folder.name.startswith(".") or not folder.is_dir():
-            continue
+    try:
+        folders = sorted(folder for folder in home.iterdir() if not folder.name.startswith(".") and folder.is_dir())
+    except (FileNotFoundError, NotADirectoryError):
+        return [], []
+    except OSError as error:
+        return [], [f"{ENGINES}: the folder cannot be read ({error}); ask its owner, or copy the bundle"]
+    for folder in folders:
         try:
-            about = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            if about["format"] > FORMAT_VERSION:
-                wrong.append(f"{folder.name}: it is of a newer version of this program")
-                continue
-            fields = {**about["key"], "archs": tuple(about["key"]["archs"])}
-            engine = Engine(folder, EngineKey(**fields), dict(about["plans"]), dict(about.get("towers", {})))
-            found.append(((folder / MANIFEST).stat().st_mtime_ns, engine))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            wrong.append(f"{folder.name}: its {MANIFEST} cannot be read ({error})")
+            found.append(((folder / MANIFEST).stat().st_mtime_ns, engine_at(folder)))
+        except (OSError, ValueError) as error:
+            again = f"build it again with: {AGAIN} (and remove this folder if it stays)"  # one of another layout does
+            wrong.append(f"{folder.name}: its {MANIFEST} cannot be used ({error}); {again}")
     return [engine for _, engine in sorted(found, key=lambda pair: -pair[0])], wrong
 
 
@@ -252,12 +203,28 @@ def find_engine(bundle: Bundle, target: Target, precision: str) -> Engine:
     others = f" Passed over: {'; '.join(reasons)}." if reasons else ""
     raise EngineError(
         f"The bundle {bundle.path} has no {target.library} engine in {precision} for {target.gpu} (sm_{target.arch}, "
-        f"version {target.version}).{others} Build one with: longclip-rt engine build {bundle.path}"
+        f"version {target.version}).{others} Build one with: {_command_for(bundle, target, precision)}"
     )
 
 
+def _command_for(bundle: Bundle, target: Target, precision: str) -> str:
+    """What builds an engine for that very card, where there may be others."""
+    command = f"{AGAIN} {shlex.quote(str(bundle.path))} --engine {target.library}"
+    if precision != "fp16":
+        command += f" --precision {precision}"
+    if target.library == "tensorrt-rtx":
+        return f"{command} --arch sm{target.arch}"
+    cards = [(device.name, device.arch) for device in cuda_devices()]
+    number = cards.index((target.gpu, target.arch)) if (target.gpu, target.arch) in cards else 0
+    if number == 0:
+        return command
+    # TensorRT builds for the first card, and that variable may already count some of them.
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return f"CUDA_VISIBLE_DEVICES={visible[number].strip() if number < len(visible) else number} {command}"
+
+
 def why_not_here(engine: Engine, bundle: Bundle) -> str:
-    """Why this machine cannot run one of a bundle's engines, in words; empty where it can. Reads the plans."""
+    """Why this machine cannot run one of a bundle's engines, in words; empty where it can. Reads its files."""
     devices = cuda_devices()
     if not devices:
         return "there is no NVIDIA GPU with a driver here"
@@ -270,18 +237,3 @@ def why_not_here(engine: Engine, bundle: Bundle) -> str:
         target = Target(engine.key.library, version, device.name, device.arch, device.memory)
         reasons.append(engine.mismatch(bundle, target, engine.key.precision))
     return (reasons[0] if all(reasons) else "") or engine.damage()
-
-
-def write_engine_manifest(folder: Path, key: EngineKey, facts: Mapping[str, Any]) -> None:
-    """Writes `engine.json` around the plans in `folder`.
-
-    Args:
-        folder: The engine's, with the plans in it.
-        key: What it belongs to.
-        facts: What else is worth keeping; `towers` holds what `Engine.towers` gives back.
-    """
-    plans = {
-        tower: sha256_of_file(folder / plan_name(tower)) for tower in TOWERS if (folder / plan_name(tower)).exists()
-    }
-    about = {"format": FORMAT_VERSION, "key": asdict(key), "plans": plans, **facts}
-    write_text_atomically(folder / MANIFEST, json.dumps(about, indent=2) + "\n")

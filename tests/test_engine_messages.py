@@ -14,6 +14,7 @@ from longclip_rt.engine_messages import meaning
         ("Error Code 2: OutOfMemory (Requested size was 1073741824 bytes.)", "too little memory"),
         ("Cuda Runtime (out of memory)", "too little memory"),
         ("Requested amount of GPU memory (1 bytes) could not be allocated.", "too little memory"),
+        ("Cannot compile operation for Turing (SM75): FP32 GEMM is not supported.", "Build it with --precision fp16"),
         ("Attention operation was not supported by a dedicated kernel.", "no fused attention"),
         ("Serialization assertion failed. Version tag does not match.", "another version of the library"),
         ("not compatible with this version of TensorRT, expecting library version 11.4.0.106", "another version"),
@@ -36,3 +37,12 @@ def test_the_cause_goes_before_what_follows_from_it() -> None:
 def test_what_is_not_understood_is_passed_on() -> None:
     assert meaning([]) == "the library gave no reason"
     assert meaning(["A new kind\n  of error.", "Another."]) == "the library said: A new kind of error"
+
+
+def test_that_there_is_no_gpu_hides_no_other_reason() -> None:
+    noise = "catchCudaError: cudaError 35: CUDA driver version is insufficient for CUDA runtime version"
+    told = meaning([noise, "kOPT values for profile 1 violate shape constraints.", noise])
+    assert told.startswith(
+        "the library said: kOPT values for profile 1 violate shape constraints. There may also be no"
+    )
+    assert meaning([noise, noise]).startswith("there is no NVIDIA GPU")

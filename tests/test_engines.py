@@ -19,6 +19,7 @@ from longclip_rt.engines import (
     engines_of,
     find_engine,
     graph_hashes,
+    head_hash,
     import_library,
     plan_name,
     why_not_here,
@@ -95,11 +96,136 @@ def test_damage_is_named(bundle: Bundle) -> None:
     (folder / "text.plan").unlink()
     with pytest.raises(BackendError, match=r"text\.plan cannot be read"):
         engine.plan("text")
-    for content, reason in (("{", "cannot be read"), ('{"format": 9}', "newer version"), ('{"format": 1}', "'key'")):
+    for content, reason in (("{", "double quotes"), ('{"format": 9}', "newer version"), ('{"format": 1}', "key is mi")):
         (folder / MANIFEST).write_text(content)
         assert reason in engines_of(bundle)[1][0]
-    with pytest.raises(BackendError, match=r"Passed over: .*'key'"):
+    with pytest.raises(BackendError, match=r"Passed over: .*key is missing.*engine build"):
         find_engine(bundle, TARGET, "fp16")
+
+
+DAMAGES = [
+    ("key.onnx", None), ("key.onnx", {"text": 3}), ("key.archs", "89"), ("key.archs", [None]), ("key.gpu", None),
+    ("key.options", []), ("key.options", {"batches": 7}), ("key.head", None), ("key.precision", True), ("key", []),
+    ("towers", []), ("towers.text", None), ("towers.text.weights", "x"), ("towers.text.profiles", {}),
+    ("towers.text.profiles", [7]), ("files", None), ("files.text.plan", 7), ("files", {}), ("format", "1"),
+    ("files", {"../x": "1"}), ("towers.text.profiles", [{"index": 0, "length": 32, "least": 1, "most": 8}]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), DAMAGES)
+def test_a_field_of_another_type_passes_one_engine_over_and_stops_nothing(
+    bundle: Bundle, field: str, value: object
+) -> None:
+    key = key_for(bundle)
+    put(bundle, key, "good", age=50)
+    folder = put(bundle, key, "bad")
+    write_engine_manifest(folder, key, facts())
+    about = json.loads((folder / MANIFEST).read_text())
+    *path, last = field.split(".", 1) if field.startswith("files") else field.split(".")
+    holder = about
+    for name in path:
+        holder = holder[name]
+    holder[last] = value
+    (folder / MANIFEST).write_text(json.dumps(about))
+    (wrong,) = engines_of(bundle)[1]
+    assert wrong.startswith("bad: its engine.json cannot be used (")
+    assert wrong.endswith("; build it again with: longclip-rt engine build (and remove this folder if it stays)")
+    assert find_engine(bundle, TARGET, "fp16").path.name == "good"
+
+
+@pytest.mark.parametrize("field", ["key.gpu", "key.head", "towers.text.weights", "files"])
+def test_an_older_layout_has_a_remedy(bundle: Bundle, field: str) -> None:
+    folder = put(bundle, key_for(bundle))
+    write_engine_manifest(folder, key_for(bundle), facts())
+    about = json.loads((folder / MANIFEST).read_text())
+    *path, last = field.split(".")
+    holder = about
+    for name in path:
+        holder = holder[name]
+    del holder[last]
+    (folder / MANIFEST).write_text(json.dumps(about))
+    with pytest.raises(EngineError, match=rf"{field} is missing\); build it again with: longclip-rt engine build"):
+        find_engine(bundle, TARGET, "fp16")
+    (folder / MANIFEST).write_text("[" * 100_000)
+    assert "nested too deeply" in engines_of(bundle)[1][0]
+
+
+def test_a_folder_of_engines_that_may_not_be_read_is_named(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(bundle, key_for(bundle))
+
+    def denied(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    with pytest.raises(EngineError, match=r"Passed over: engines: the folder cannot be read \(.*Permission denied"):
+        find_engine(bundle, TARGET, "fp16")
+
+
+def test_every_file_of_an_engine_counts(bundle: Bundle) -> None:
+    folder = bundle.path / ENGINES / "whole"
+    folder.mkdir(parents=True)
+    (folder / "pca_head.json").write_text("{}")
+    (folder / "kernel.cubin").write_bytes(b"code")
+    (folder / "timing.cache").write_bytes(b"timings")
+    shutil.copytree(folder, put(bundle, key_for(bundle)), dirs_exist_ok=True)
+    shutil.rmtree(folder)
+    folder = bundle.path / ENGINES / key_for(bundle).name
+    write_engine_manifest(folder, key_for(bundle), {})
+    engine = find_engine(bundle, TARGET, "fp16")
+    engine.check_head()
+    assert engine.damage() == "" and len(engine.files) == 5
+    (folder / "timing.cache").write_bytes(b"other")
+    engine.check_head()
+    assert "timing.cache is damaged" in engine.damage()
+    (folder / "kernel.cubin").write_bytes(b"\0\0\0\0")
+    with pytest.raises(EngineError, match=r"kernel\.cubin is damaged: .*\. Build it again with: longclip-rt engine"):
+        engine.check_head()
+    (folder / "kernel.cubin").unlink()
+    assert "kernel.cubin cannot be read" in engine.damage()
+    with pytest.raises(EngineError, match=r"kernel\.cubin cannot be read.*Build it again"):
+        engine.check_head()
+
+
+def test_the_head_that_an_engine_was_built_with_is_part_of_its_key(bundle: Bundle) -> None:
+    codes = {"codes": [{"file": "a.cubin"}]}
+    (bundle.path / "pca_head.json").write_text(json.dumps(codes))
+    names = ["pca_head.json", "a.cubin", *(f"{tower}.head.safetensors" for tower in ("text", "image"))]
+    names += [f"{tower}.fp16.plugin.onnx" for tower in ("text", "image")]
+    files = {**bundle.manifest["files"], **{name: {"sha256": name} for name in names}}
+
+    def changed(name: str = "") -> Bundle:
+        own = {**files, name: {"sha256": "changed"}} if name else files
+        return dataclasses.replace(bundle, manifest={**bundle.manifest, "files": own})
+
+    for head, own in (("kernel", names[:4]), ("plugin", names[4:])):
+        hashed = head_hash(changed(), head)
+        key = dataclasses.replace(key_for(bundle), options={"pca_head": head}, head=hashed)
+        assert hashed and key.mismatch(changed(), TARGET, "fp16") == ""
+        for name in names:
+            reason = "it was built with another PCA head" if name in own else ""
+            assert key.mismatch(changed(name), TARGET, "fp16") == reason, name
+        assert "another PCA head" in key.mismatch(bundle, TARGET, "fp16")
+    assert head_hash(changed(), "operators") == head_hash(changed(), "") == ""
+    (bundle.path / "pca_head.json").write_text("[]")
+    assert head_hash(changed(), "kernel") == ""
+
+
+def test_the_advice_builds_for_the_card_that_was_asked_for(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = [CudaDevice("NVIDIA A10", 86, 24 << 30), CudaDevice("NVIDIA L4", 89, 24 << 30)]
+    monkeypatch.setattr("longclip_rt.engines.cuda_devices", lambda: cards)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def advice(target: Target, precision: str = "fp16") -> str:
+        with pytest.raises(EngineError) as caught:
+            find_engine(bundle, target, precision)
+        return str(caught.value).partition("Build one with: ")[2]
+
+    build = f"longclip-rt engine build {bundle.path} --engine tensorrt"
+    assert advice(dataclasses.replace(TARGET, library="tensorrt-rtx")) == f"{build}-rtx --arch sm89"
+    assert advice(TARGET) == f"CUDA_VISIBLE_DEVICES=1 {build}"
+    assert advice(Target("tensorrt", "11", "NVIDIA A10", 86), "fp32") == f"{build} --precision fp32"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert advice(TARGET) == f"CUDA_VISIBLE_DEVICES=5 {build}"
 
 
 def test_no_engine_at_all(bundle: Bundle) -> None:

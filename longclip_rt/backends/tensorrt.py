@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from longclip_rt.backends.base import INPUT_NAMES, Backend, Float32
 from longclip_rt.backends.device import Gpu
 from longclip_rt.backends.engine_runner import EngineRunner
-from longclip_rt.backends.head_kernel import HEAD_PLUGIN, KERNELS, load_head
+from longclip_rt.backends.head_kernel import HEAD_PLUGIN, load_head
 from longclip_rt.backends.jit_kernels import JitKernels
 from longclip_rt.backends.profiles import SLOTS, bucket_lengths
 from longclip_rt.bundle import Bundle, bundles_home
@@ -77,8 +77,7 @@ class TensorrtBackend(Backend):
         """SHA-256 of the PCA that the engine's plug-in or the kernel behind it computes; empty where there is none."""
         if self.engine.key.options.get("pca_head") == HEAD_PLUGIN:
             return str(self.bundle.manifest["pca"]["sha256"])
-        if not (self.engine.path / KERNELS).is_file():
-            return ""
+        self.engine.check_head()
         head = load_head(self.engine.path, "text", self._gpu.arch)
         return "" if head is None else head.pca
 
@@ -91,6 +90,7 @@ class TensorrtBackend(Backend):
         with self._lock:
             if tower not in self._runners:
                 plan = self.engine.plan(tower)
+                self.engine.check_head()
                 head = load_head(self.engine.path, tower, self._gpu.arch)
                 self._gpu.activate()
                 self._logger.errors.clear()

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from longclip_rt.commands.engine_options import ENGINES, builds_engines, built_with_a_bar
+from longclip_rt.commands.engine_options import ENGINES, WORKSPACE, builds_engines, built_with_a_bar
 from longclip_rt.commands.options import gpu_numbers, runs_the_model
 
 
@@ -31,7 +31,9 @@ def engine() -> None:
 @click.option(
     "--precision", type=click.Choice(["fp16", "fp32"]), default="fp16", show_default=True, help="Graphs to use."
 )
-@click.option("--workspace", type=click.IntRange(min=1), metavar="MIB", help="Most memory that a layer may compute in.")
+@click.option(
+    "--workspace", type=click.IntRange(1, WORKSPACE), metavar="MIB", help="Most memory that a layer may compute in."
+)
 @click.option("--missing", is_flag=True, help="Build only what is not there, or is damaged or built otherwise.")
 def build(
     bundle: Path,
@@ -49,7 +51,8 @@ def build(
     Neither torch nor the weights are needed: export on one machine, and build on the machine with the GPU. `auto` takes
     TensorRT where it is installed and sees a GPU, else TensorRT-RTX, which also builds for cards that are not here
     (--arch). The precision is that of the graph. An engine runs with the library version that built it only, and one of
-    TensorRT on one model of card only. The summary goes to stderr, the engines' folders to stdout.
+    TensorRT on one model of card only. Each engine's folder is printed on stdout as soon as it is built, and a summary
+    on stderr. Where one architecture fails, the others are built all the same, and the exit status is 1.
 
     \b
     Examples:
@@ -63,8 +66,7 @@ def build(
     opened = load_bundle(bundle)
     builders = choose_builders(name, archs)
     options = EngineOptions(precision, text_buckets, batches, optimization_level, workspace)
-    for built in built_with_a_bar(opened, builders, options, missing):
-        click.echo(str(built.engine.path))
+    built_with_a_bar(opened, builders, options, missing, lambda built: click.echo(str(built.engine.path)))
 
 
 @engine.command(name="list")
@@ -118,8 +120,9 @@ def verify(bundle: Path, backend: str, precision: str, devices: tuple[int, ...] 
     """Run the whole parity gate on the device, as the export ran it on a CPU.
 
     The reference is the bundle's own fp32 graphs on the CPU, which the export held to the PyTorch model: neither torch
-    nor the weights are needed. Any backend can be checked; `auto` takes what the runtime would take. One failed check
-    makes the exit status 1. The table goes to stdout.
+    nor the weights are needed. Any backend can be checked; `auto` takes what the runtime would take, but fails where
+    the bundle has engines and none of them can be used. One failed check makes the exit status 1. The table goes to
+    stdout.
 
     \b
     Examples:

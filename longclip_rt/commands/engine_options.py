@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 if TYPE_CHECKING:
     from longclip_rt.bundle import Bundle
@@ -18,6 +21,12 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 ENGINES = ("auto", "tensorrt", "tensorrt-rtx")
 TEXT_BUCKETS = (32, 77, 128, 248)
 BATCHES = (1, 32, 256)
+WORKSPACE = 1 << 20
+
+_FLAGS = {
+    "archs": "--arch", "text_buckets": "--text-buckets", "batches": "--batches",
+    "optimization_level": "--optimization-level",
+}  # fmt: skip
 
 
 def _ascending(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
@@ -62,7 +71,7 @@ def builds_engines(command: Function) -> Function:
         ),
         click.option(
             "--optimization-level", type=click.IntRange(0, 5), metavar="N",
-            help="How long TensorRT searches for fast kernels, 0 to 5.  [default: TensorRT's own]",
+            help="How long TensorRT searches for fast kernels, 0 to 5; TensorRT-RTX heeds none.  [default: its own]",
         ),
     )  # fmt: skip
     for option in reversed(options):
@@ -70,14 +79,49 @@ def builds_engines(command: Function) -> Function:
     return command
 
 
+def given_flags() -> list[str]:
+    """Those of the options that the command line names, such as `--arch`."""
+    source = click.get_current_context().get_parameter_source
+    return [flag for name, flag in _FLAGS.items() if source(name) is not ParameterSource.DEFAULT]
+
+
+def build_command(
+    bundle: Path,
+    engine: str,
+    archs: tuple[int, ...] | str,
+    text_buckets: tuple[int, ...],
+    batches: tuple[int, ...],
+    optimization_level: int | None,
+) -> str:
+    """The `engine build` that builds what `export` was asked for, to be copied into a shell."""
+    words = ["longclip-rt", "engine", "build", str(bundle)]
+    if engine != "auto":
+        words += ["--engine", engine]
+    for arch in (archs,) if isinstance(archs, str) else (f"sm{arch}" for arch in archs):
+        words += ["--arch", arch]
+    if text_buckets != TEXT_BUCKETS:
+        words += ["--text-buckets", ",".join(map(str, text_buckets))]
+    if batches != BATCHES:
+        words += ["--batches", ",".join(map(str, batches))]
+    if optimization_level is not None:
+        words += ["--optimization-level", str(optimization_level)]
+    return shlex.join(words)
+
+
 def built_with_a_bar(
-    bundle: Bundle, builders: Builders, options: EngineOptions, missing: bool = False
-) -> list[BuiltEngine]:
-    """Builds with a bar on stderr, and prints the summary there."""
+    bundle: Bundle,
+    builders: Builders,
+    options: EngineOptions,
+    missing: bool = False,
+    ready: Callable[[BuiltEngine], None] = lambda result: None,
+) -> None:
+    """Builds with a bar on stderr, prints each engine's summary there as soon as it is built, and calls `ready`."""
     from tqdm import tqdm
 
-    from longclip_rt.export.engine import WITH_PLUGINS, build_engines, has_plugin_graphs
+    from longclip_rt.export.engine import WITH_PLUGINS, build_engines, has_plugin_graphs, without_effect
 
+    for sentence in without_effect(options, builders.backend, bundle.architecture.context_length):
+        click.echo(sentence, err=True)
     if builders.passed_over:
         click.echo(f"Building with {builders.backend}, since: {builders.passed_over}", err=True)
     if has_plugin_graphs(bundle) and builders.backend not in WITH_PLUGINS:
@@ -92,12 +136,14 @@ def built_with_a_bar(
             bar.set_description_str(stage, refresh=False)
             bar.update(max(0.0, 100 * done - bar.n))
 
-        results = build_engines(bundle, builders, options, missing, report)
+        def built(result: BuiltEngine) -> None:
+            with bar.external_write_mode():
+                click.echo("\n".join(summary(result)), err=True)
+                ready(result)
+
+        build_engines(bundle, builders, options, missing, report, built)
         bar.update(100 - bar.n)
         bar.set_description_str("done")
-    for result in results:
-        click.echo("\n".join(summary(result)), err=True)
-    return results
 
 
 def summary(result: BuiltEngine) -> list[str]:
@@ -113,8 +159,8 @@ def summary(result: BuiltEngine) -> list[str]:
     for tower, facts in engine.towers.items():
         kept = f" ({facts['kept_fp32']} blocks kept in it)" if facts["kept_fp32"] else ""
         lines.append(
-            f"  {tower}: {facts['attention']} of {facts['blocks']} attention blocks fused, {facts['fp32_products']} "
-            f"matrix products in fp32{kept}; plan {_mib(facts['plan_bytes'])} MiB, "
+            f"  {tower}: {fused_attention(facts)} attention blocks fused, {facts['fp32_products']} matrix products in "
+            f"fp32{kept}; plan {_mib(facts['plan_bytes'])} MiB, "
             f"weights {_mib(facts['weights'])} MiB, {facts['seconds']} s"
         )
         if facts["changed_nodes"]:
@@ -124,8 +170,13 @@ def summary(result: BuiltEngine) -> list[str]:
             )
         if facts["decomposable"]:
             lines.append(
-                f"    {facts['decomposable']} attention blocks are in fp32, where TensorRT may have no fused kernel; "
-                "they may be taken apart"
+                f"    {facts['decomposable']} attention blocks are in fp32, which no fused kernel takes; they are "
+                "taken apart"
+            )
+        if engine.key.options["batches"][0] == 1 and facts["profiles"][0]["most"] > 1:
+            lines.append(
+                "    no fused attention takes batches of one row alone; they are in one range with the batches behind "
+                "them"
             )
         lines.append("    profile  tokens       rows  workspace MiB")
         for profile in facts["profiles"]:
@@ -134,6 +185,11 @@ def summary(result: BuiltEngine) -> list[str]:
             lines.append(f"    {profile['index']:>7}  {tokens:>6}  {rows:>9}  {_mib(profile['memory']):>13}")
         lines += _layers(facts["layers"])
     return lines
+
+
+def fused_attention(facts: Mapping[str, Any]) -> str:
+    """How many of a tower's blocks have fused attention, such as `12 of 12`: those in fp32 are taken apart."""
+    return f"{facts['attention'] - facts['decomposable']} of {facts['blocks']}"
 
 
 def _layers(counts: dict[str, int]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from longclip_rt.commands.engine_options import ENGINES, builds_engines, built_with_a_bar
+from longclip_rt.commands.engine_options import ENGINES, build_command, builds_engines, built_with_a_bar, given_flags
 from longclip_rt.commands.options import PCA_MODES
 
 if TYPE_CHECKING:
@@ -94,12 +94,12 @@ def export(
     require("torch", "export")
     from tqdm import tqdm
 
-    from longclip_rt.errors import EngineError, ExportError
+    from longclip_rt.errors import EngineError, ExportError, LongClipError
     from longclip_rt.export.exporter import ExportOptions, ParityError, export_bundle, stages
 
     if pca_in_engine and engine == "tensorrt-rtx":
         raise ExportError("TensorRT-RTX takes no plug-ins from Python. Leave --pca-in-engine out, or --engine.")
-    builders, why_none = _builders(engine, archs, fp16)
+    builders, why_none = _builders(engine, archs, fp16, given_flags())
     options = ExportOptions(weights, out, fp16, outputs, activation, pca, pca_mode, pca_in_engine)
     with tqdm(total=stages(options), bar_format="{l_bar}{bar:20}| {n}/{total} [{elapsed}] {desc}") as bar:
         started = False
@@ -119,36 +119,42 @@ def export(
         bar.update()
         bar.set_description_str("done")
     click.echo(_table(report), err=True)
-    later = f"longclip-rt engine build {bundle.path}"
+    click.echo(str(bundle.path))  # before anything else can go wrong
+    later = build_command(bundle.path, engine, archs, text_buckets, batches, optimization_level)
     if builders is not None:
         from longclip_rt.export.engine import EngineOptions
 
-        options_of_engine = EngineOptions("fp16", text_buckets, batches, optimization_level)
+        whole = f"The bundle {bundle.path} is whole, without that engine; try again: {later} --missing"
         try:
-            built_with_a_bar(bundle, builders, options_of_engine)
-        except EngineError as error:
-            raise EngineError(
-                f"{error} The bundle {bundle.path} is whole, without that engine; try again: {later}"
-            ) from error
+            built_with_a_bar(bundle, builders, EngineOptions("fp16", text_buckets, batches, optimization_level))
+        except LongClipError as error:
+            raise EngineError(f"{error} {whole}") from error
+        except KeyboardInterrupt:
+            click.echo(whole, err=True)
+            raise
     elif why_none:
         click.echo(f"No engine was built. {why_none} Build one later, on the machine with the GPU: {later}", err=True)
-    click.echo(str(bundle.path))
 
 
-def _builders(engine: str, archs: tuple[int, ...] | str, fp16: bool) -> tuple[Builders | None, str]:
-    """What builds the engines, found out before minutes of work; or None and why, where it is asked for."""
+def _builders(engine: str, archs: tuple[int, ...] | str, fp16: bool, given: list[str]) -> tuple[Builders | None, str]:
+    """What builds the engines, found out before minutes of work; or None and why, where none was asked for."""
     from longclip_rt.errors import EngineError, ExportError
 
-    if engine == "none" or (engine == "auto" and not archs and not fp16):
+    if engine == "none":
+        if given:
+            raise click.UsageError(f"--engine none builds no engine. Leave it out, or {' and '.join(given)}.")
         return None, ""
     if not fp16:
-        raise ExportError("Engines are built from the fp16 graphs. Add --fp16, or leave --engine and --arch out.")
+        if engine == "auto" and not given:
+            return None, ""
+        named = " and ".join(["--engine", *given] if engine != "auto" else given)
+        raise ExportError(f"Engines are built from the fp16 graphs. Add --fp16, or leave {named} out.")
     from longclip_rt.export.engine import choose_builders
 
     try:
         return choose_builders(engine, archs), ""
     except EngineError as error:
-        if engine != "auto":
+        if engine != "auto" or archs:
             raise
         return None, str(error).removeprefix("No engine can be built. ")
 

@@ -52,13 +52,15 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
     return made
 
 
-def put_engine(bundle: Bundle, text: bytes, **changes: Any) -> Path:
+def put_engine(bundle: Bundle, text: bytes, head: bool = False, **changes: Any) -> Path:
     key = EngineKey(KIND.name, imitated.VERSION, "Imitated GPU", (89,), "fp16", {"text": "text", "image": "image"})
     key = dataclasses.replace(key, **changes)
     folder = bundle.path / "engines" / key.name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "text.plan").write_bytes(text)
     (folder / "image.plan").write_bytes(b"image plan")
+    if head:
+        head_folder(folder)
     write_engine_manifest(folder, key, {})
     return folder
 
@@ -168,7 +170,7 @@ def test_the_plugin_in_the_engine_gives_the_pca(bundle: Bundle) -> None:
 
 
 def test_the_head_beside_the_engine_gives_the_pca(bundle: Bundle) -> None:
-    head_folder(put_engine(bundle, b"head plan"))
+    folder = put_engine(bundle, b"head plan", head=True)
     backend = KIND(bundle, "fp16")
     assert backend.fused_pca == "abc"
     batch = ids(9, 7)
@@ -176,6 +178,16 @@ def test_the_head_beside_the_engine_gives_the_pca(bundle: Bundle) -> None:
     states = (sums(batch) % 1000)[:, None] + np.arange(5)
     np.testing.assert_array_equal(reduced, (states + 100 * np.arange(1, 6)).astype(np.float32))
     backend.close()
+    for name in ("few.cubin", "pca_head.json"):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(b"other machine code")
+        for use in (lambda: backend.fused_pca, lambda: backend.encode_text(batch)):
+            with pytest.raises(BackendError, match=rf"{name} is damaged.*engine build"):
+                use()
+        (folder / name).write_bytes(content)
+    (folder / "pca_head.json").unlink()
+    with pytest.raises(BackendError, match=r"pca_head\.json cannot be read"):
+        backend.encode_text(batch)
 
 
 if imitated.PACKAGE == "tensorrt_rtx":

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +17,9 @@ from click.testing import CliRunner
 from longclip_rt.bundle import BUILT_IN, Bundle, load_bundle
 from longclip_rt.cli import longclip_rt
 from longclip_rt.engines import Target, engines_of, find_engine, graph_hashes
-from longclip_rt.errors import BundleError, EngineError
-from longclip_rt.export.engine import EVERY, EngineOptions, build_engines, choose_builders
+from longclip_rt.errors import BundleError, EngineError, MissingExtraError
+from longclip_rt.export.engine import EVERY, EngineOptions, build_engines, choose_builders, without_effect
+from longclip_rt.export.engine_plan import PlanRequest, build_plan
 from longclip_rt.machine import CudaDevice
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not to be had for this system")
@@ -131,6 +133,96 @@ def test_building_needs_neither_torch_nor_the_weights(bundle: Bundle) -> None:
     assert result.returncode == 0 and "tensorrt-rtx-sm86-" in result.stdout, result.stderr
 
 
+def test_the_librarys_own_reason_is_told_where_there_is_no_gpu(
+    bundle: Bundle, caplog: pytest.LogCaptureFixture
+) -> None:
+    few = ("--engine", "tensorrt-rtx", "--arch", "sm89", "--text-buckets", "32")
+    result = run("engine", "build", bundle.path, *few, "--batches", "10000000")
+    assert isinstance(result.exception, EngineError)
+    assert "kOPT values for profile 1 violate shape constraints" in str(result.exception)
+    assert "tensor volume exceeds 1099511627776" in str(result.exception) and "driver" not in str(result.exception)
+    with caplog.at_level("DEBUG", "longclip_rt"):
+        build_engines(bundle, choose_builders("tensorrt-rtx", (89,)), SMALL)
+    assert "cudaError" not in caplog.text and "TensorRT: " in caplog.text
+
+
+def test_an_architecture_that_fails_ends_none_of_the_others(bundle: Bundle) -> None:
+    archs = ("--arch", "sm75", "--arch", "sm80", "--arch", "sm89")
+    result = run("engine", "build", bundle.path, *archs, *SMALL_ARGUMENTS, "--precision", "fp32")
+    assert isinstance(result.exception, EngineError) and result.exit_code == 1
+    assert str(result.exception).startswith("1 of 3 engines could not be built. sm_75: tensorrt_rtx could not build")
+    assert "Build it with --precision fp16, or leave its architecture out." in str(result.exception)
+    built = {engine.key.archs: str(engine.path) for engine in engines_of(bundle)[0]}
+    assert result.stdout.split() == [built[(80,)], built[(89,)]]
+    # In fp32 there is no fused kernel, and none is claimed.
+    assert result.stderr.count("0 of 4 attention blocks fused, ") == 4
+    assert result.stderr.count("4 attention blocks are in fp32, which no fused kernel takes; they are taken apart") == 4
+
+
+def test_what_was_built_before_ctrl_c_is_named(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    archs: list[int] = []
+
+    def build(request: Any, *others: Any) -> Any:
+        archs.append(request.arch)
+        if request.arch == 86:
+            raise KeyboardInterrupt
+        return build_plan(request, *others)
+
+    monkeypatch.setattr("longclip_rt.export.engine.build_plan", build)
+    result = run("engine", "build", bundle.path, "--arch", "sm80,sm86,sm89", *SMALL_ARGUMENTS)
+    (made,) = engines_of(bundle)[0]
+    assert result.exit_code == 1 and result.stdout == f"{made.path}\n" and archs == [80, 80, 86]
+    assert f"{made.path.name}: tensorrt-rtx" in result.stderr and "Aborted!" in result.stderr
+
+
+def test_options_that_do_nothing_are_said_and_change_no_key(bundle: Bundle) -> None:
+    plain = run("engine", "build", bundle.path, "--arch", "sm89", *SMALL_ARGUMENTS)
+    assert plain.exit_code == 0 and "left out" not in plain.stderr and "bucket" not in plain.stderr
+    more = ("--optimization-level", "5", "--text-buckets", "32,300,500", "--missing")
+    result = run("engine", "build", bundle.path, "--arch", "sm89", *SMALL_ARGUMENTS, *more)
+    assert result.exit_code == 0 and result.stdout == plain.stdout and "kept, it was there already" in result.stderr
+    assert "tensorrt-rtx heeds no optimisation level; 5 is left out." in result.stderr
+    assert "at most 248 tokens: a bucket of 248 is built, and of 300, 500 none." in result.stderr
+    assert without_effect(EngineOptions(optimization_level=5), "tensorrt", 77) == []
+
+
+def test_a_workspace_beyond_any_gpu_is_a_usage_error(bundle: Bundle) -> None:
+    result = run("engine", "build", bundle.path, *SMALL_ARGUMENTS, "--workspace", "99999999999999")
+    assert result.exit_code == 2 and "1<=x<=1048576" in result.stderr
+    with pytest.raises(EngineError, match="should be 1 to 1048576 MiB"):
+        EngineOptions(workspace_mib=99999999999999)
+
+
+def test_timings_that_cannot_be_read_are_done_without(bundle: Bundle) -> None:
+    (first,) = build_engines(bundle, choose_builders("tensorrt-rtx", (89,)), SMALL)
+    cache = first.engine.path / "timing.cache"
+    cache.unlink()
+    cache.mkdir()  # as unreadable as another user's file
+    assert "timing.cache cannot be read" in first.engine.damage()
+    (second,) = build_engines(bundle, choose_builders("tensorrt-rtx", (89,)), SMALL, missing=True)
+    assert second.built and not second.engine.damage()
+
+
+def test_a_model_of_one_head_is_built_with_the_default_batches(tiny_bundle: Path, tmp_path: Path) -> None:
+    """TensorRT-RTX has no fused attention for one row of one head, and has one for 1 to 32 rows."""
+    bundle = load_bundle(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    arguments = ("engine", "build", bundle.path, "--engine", "tensorrt-rtx", "--arch", "sm89", "--text-buckets", "32")
+    result = run(*arguments)
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr.count("no fused attention takes batches of one row alone; they are in one range") == 1
+    (engine,) = engines_of(bundle)[0]
+    rows = {tower: [(one.least, one.most) for one in engine.profiles(tower)] for tower in ("text", "image")}
+    assert rows == {"text": [(1, 32), (33, 256)] * 2, "image": [(1, 1), (2, 32), (33, 256)]}
+    assert [one.index for one in engine.profiles("text")] == [0, 1, 2, 3]
+    assert engine.key.options["batches"] == [1, 32, 256]
+    assert "kept, it was there already" in run(*arguments, "--missing").stderr
+    result = run(*arguments, "--batches", "1")
+    assert isinstance(result.exception, EngineError)
+    assert str(result.exception).endswith(
+        "It may be the range of one row: build with another, such as --batches 2,32,256."
+    )
+
+
 def test_too_little_memory_is_a_sentence_and_leaves_nothing(bundle: Bundle) -> None:
     result = run("engine", "build", bundle.path, "--arch", "sm89", *SMALL_ARGUMENTS, "--workspace", "1")
     assert isinstance(result.exception, EngineError)
@@ -189,29 +281,22 @@ def test_further_outputs_are_in_the_engine(tiny_bundle: Path, tmp_path: Path) ->
     assert {tower: facts["attention"] for tower, facts in result.engine.towers.items()} == {"text": 3, "image": 2}
 
 
-def test_what_cannot_be_built_says_why(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tensorrt", None)
-    monkeypatch.setattr("longclip_rt.export.engine.cuda_devices", lambda: [])
-    with pytest.raises(EngineError, match=r"tensorrt: .*be imported.*pip install tensorrt\. tensorrt-rtx: .*--arch"):
-        choose_builders()
-    with pytest.raises(EngineError, match=r"does not build for sm_90; it builds for sm75, .*sm121"):
-        choose_builders("tensorrt-rtx", (90, 89))
-    chosen = choose_builders("auto", (89, 120))
-    assert (chosen.backend, chosen.archs, chosen.here) == ("tensorrt-rtx", (89, 120), ())
-    assert "pip install tensorrt" in chosen.passed_over
-    with pytest.raises(EngineError, match="no library 'cuda'"):
-        choose_builders("cuda")
+def test_options_that_mean_nothing_are_usage_errors(bundle: Bundle) -> None:
     for arguments in (["--arch", "blackwell"], ["--batches", "8,1"], ["--text-buckets", "0"], ["--engine", "none"]):
         assert run("engine", "build", bundle.path, *arguments).exit_code == 2
     with pytest.raises(EngineError, match="ascending"):
         EngineOptions(batches=(8, 1))
 
 
-def test_the_card_that_is_here_is_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longclip_rt.export.engine.cuda_devices", lambda: [CudaDevice("RTX 4090", 89, 24 << 30)])
-    chosen = choose_builders("tensorrt-rtx")
-    assert (chosen.archs, chosen.here, chosen.gpu) == ((89,), (89,), "")
-    assert choose_builders("tensorrt-rtx", (75, 89)).here == (89,)
+@pytest.mark.parametrize(("library", "extra"), [("tensorrt", "tensorrt"), ("tensorrt_rtx", "rtx")])
+def test_onnx_is_installed_with_the_library_that_builds(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str, extra: str
+) -> None:
+    named = SimpleNamespace(__name__=library, ILogger=trt.ILogger, Builder=trt.Builder)
+    request = PlanRequest(named, bundle, "text", "fp16", SMALL.profiles("text", 248), 89, here=False)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(MissingExtraError, match=rf"'onnx' is not installed.*longclip-rt\[{extra}\]"):
+        build_plan(request, tmp_path / "text.plan", b"", lambda stage, done: None)
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,27 @@ def test_a_head_in_the_bundle_that_is_damaged_ends_the_build(pca_bundle: Path, t
         head_for(bundle, "tensorrt-rtx", 89, "fp16")
 
 
+def test_damage_to_the_head_beside_an_engine_is_noticed(pca_bundle: Path, tmp_path: Path) -> None:
+    bundle = load_bundle(shutil.copytree(pca_bundle, tmp_path / "bundle"))
+    arguments = ("engine", "build", bundle.path, "--arch", "sm89", *SMALL, "--missing")
+    (folder,) = map(Path, run(*arguments).stdout.split())
+    (engine,) = engines_of(bundle)[0]
+    heads = {f"{tower}.head.safetensors" for tower in ("text", "image")} | {"pca_head.json"}
+    cubins = {name for name in engine.files if name.endswith(".cubin")}
+    assert set(engine.files) == heads | cubins | {"text.plan", "image.plan", "timing.cache"} and len(cubins) == 2
+    assert engine.key.head and "kept, it was there already" in run(*arguments).stderr
+    for name in sorted(heads | cubins):
+        (engine,) = engines_of(bundle)[0]
+        assert engine.damage() == ""
+        (folder / name).write_bytes(bytes((folder / name).stat().st_size))
+        with pytest.raises(EngineError, match=rf"{name} is damaged: .*Build it again with: longclip-rt engine build"):
+            engine.check_head()
+        result = run(*arguments)
+        assert result.stdout == f"{folder}\n" and "kept" not in result.stderr
+    (folder / min(cubins)).unlink()
+    assert run(*arguments).exit_code == 0 and (folder / min(cubins)).is_file()
+
+
 def test_the_choice(pca_bundle: Path) -> None:
     bundle = load_bundle(pca_bundle)
     assert head_for(bundle, "tensorrt", 90, "fp16") == HEAD_PLUGIN

@@ -31,6 +31,15 @@ def test_more_steps_than_were_told_and_steps_of_unknown_phases_do_no_harm() -> N
     assert fraction.value == 1
 
 
+def test_that_there_is_no_gpu_is_no_error_of_a_build_for_another_machine() -> None:
+    noise = "cudaError 35: CUDA driver version is insufficient for CUDA runtime version"
+    for here, kept in ((True, [noise, "kOPT values."]), (False, ["kOPT values."])):
+        log = BuildLog(here)
+        log.note(noise, is_error=True)
+        log.note("kOPT values.", is_error=True)
+        assert log.errors == kept and log.reason().startswith("the library said: kOPT values")
+
+
 def test_the_log_keeps_errors_and_the_account_of_memory() -> None:
     log = BuildLog()
     for message in ("Total Activation Memory: 30 bytes", "Total Activation Memory: 50 bytes", "[MemUsage] CPU 3 MiB"):

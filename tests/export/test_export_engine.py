@@ -13,9 +13,10 @@ from click.testing import CliRunner
 from longclip_rt.bundle import BUILT_IN, Bundle, load_bundle
 from longclip_rt.cli import longclip_rt
 from longclip_rt.commands import engine_options
+from longclip_rt.commands.export import export
 from longclip_rt.engines import LIBRARIES, engines_of
-from longclip_rt.errors import EngineError, ExportError
-from longclip_rt.export.engine import EVERY, EngineOptions
+from longclip_rt.errors import BackendError, EngineError, ExportError, MissingExtraError, OutputError
+from longclip_rt.export.engine import EVERY, LARGEST_WORKSPACE, EngineOptions
 from longclip_rt.export.exporter import ParityReport
 
 MODEL = BUILT_IN
@@ -31,7 +32,7 @@ def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
     activations = tuple(BlockActivation(tower, 0, 1.0, "input") for tower in ("text", "image"))
     given = (bundle, ParityReport((), activations, 1, 1))
     monkeypatch.setattr("longclip_rt.export.exporter.export_bundle", lambda options, progress: given)
-    monkeypatch.setattr("longclip_rt.export.engine.cuda_devices", lambda: [])
+    monkeypatch.setattr("longclip_rt.export.engine_builders.cuda_devices", lambda: [])
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     return bundle
 
@@ -44,7 +45,8 @@ def test_the_options_offer_what_the_builder_takes() -> None:
     assert ("auto", *LIBRARIES) == engine_options.ENGINES
     options = EngineOptions()
     assert (options.text_buckets, options.batches) == (engine_options.TEXT_BUCKETS, engine_options.BATCHES)
-    assert EVERY == "all"
+    assert EVERY == "all" and engine_options.WORKSPACE == LARGEST_WORKSPACE
+    assert set(engine_options._FLAGS) <= {parameter.name for parameter in export.params}
 
 
 def test_auto_says_that_none_was_built_and_why(exported: Bundle) -> None:
@@ -70,9 +72,33 @@ def test_what_was_asked_for_by_name_and_cannot_be_had_ends_before_the_export(
     monkeypatch.setattr("longclip_rt.export.exporter.export_bundle", never)
     result = run("--fp16", "--engine", "tensorrt")
     assert isinstance(result.exception, EngineError) and "pip install tensorrt" in str(result.exception)
-    for arguments in (("--engine", "tensorrt-rtx"), ("--arch", "sm89")):
+    for arguments in (("--engine", "tensorrt-rtx"), ("--arch", "sm89"), ("--batches", "1,32,256")):
         result = run(*arguments)
-        assert isinstance(result.exception, ExportError) and "Add --fp16" in str(result.exception)
+        assert isinstance(result.exception, ExportError)
+        assert f"Add --fp16, or leave {arguments[0]} out" in str(result.exception)
+    result = run("--engine", "tensorrt-rtx", "--arch", "sm89", "--text-buckets", "5")
+    assert "leave --engine and --arch and --text-buckets out" in str(result.exception)
+
+
+@pytest.mark.parametrize("archs", [("--arch", "sm98"), ("--arch", "sm89,sm98")])
+def test_an_architecture_that_cannot_be_had_ends_before_the_export(
+    exported: Bundle, monkeypatch: pytest.MonkeyPatch, archs: tuple[str, ...]
+) -> None:
+    """Also where the engine is left to `auto`, which may else go without."""
+
+    def never(options: object, progress: object) -> None:
+        raise AssertionError("exported")
+
+    monkeypatch.setattr("longclip_rt.export.exporter.export_bundle", never)
+    result = run("--fp16", *archs)
+    assert isinstance(result.exception, EngineError) and result.exit_code == 1
+    assert "No engine can be built. tensorrt: " in str(result.exception)
+
+
+def test_options_of_engines_and_none_do_not_go_together(exported: Bundle) -> None:
+    result = run("--fp16", "--engine", "none", "--arch", "sm98", "--text-buckets", "5")
+    assert result.exit_code == 2 and "--engine none builds no engine" in result.stderr
+    assert "Leave it out, or --arch and --text-buckets." in result.stderr
 
 
 def test_auto_goes_on_with_rtx_and_says_why(exported: Bundle) -> None:
@@ -85,17 +111,51 @@ def test_auto_goes_on_with_rtx_and_says_why(exported: Bundle) -> None:
     assert engine.key.archs == (89,) and "4 of 4 attention blocks fused" in result.stderr
 
 
-def test_a_build_that_fails_leaves_the_bundle(exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+ERRORS = [
+    (EngineError("No."), "No."),
+    (BackendError("The PCA head is damaged."), "The PCA head is damaged."),
+    (MissingExtraError("No onnx."), "No onnx."),
+    (
+        OSError(28, "No space left on device"),
+        "cannot be written: No space left on device. Make room and build again: n",
+    ),
+    (OutputError("Another run builds it."), "Another run builds it."),
+]
+
+
+@pytest.mark.parametrize(("error", "told"), ERRORS)
+def test_a_build_that_fails_leaves_the_bundle_and_tells_of_it(
+    exported: Bundle, monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
+) -> None:
     pytest.importorskip("tensorrt_rtx")
 
     def fail(*arguments: object) -> None:
-        raise EngineError("No.")
+        raise error
 
     monkeypatch.setattr("longclip_rt.export.engine.build_plan", fail)
-    result = run("--fp16", "--engine", "tensorrt-rtx", "--arch", "8.9", *SMALL)
-    assert isinstance(result.exception, EngineError)
-    assert f"No. The bundle {exported.path} is whole, without that engine; try again: " in str(result.exception)
+    result = run("--fp16", "--engine", "tensorrt-rtx", "--arch", "8.9", *SMALL, "--optimization-level", "3")
+    assert isinstance(result.exception, EngineError) and result.stdout == f"{exported.path}\n"
+    options = "--engine tensorrt-rtx --arch sm89 --text-buckets 32 --batches 8 --optimization-level 3 --missing"
+    message = str(result.exception)
+    assert told in message and "it goes on where it stopped" not in message
+    assert message.endswith(
+        f" The bundle {exported.path} is whole, without that engine; try again: longclip-rt engine build "
+        f"{exported.path} {options}"
+    )
     assert load_bundle(exported.path) and not list((exported.path / "engines").iterdir())
+
+
+def test_ctrl_c_in_a_build_tells_of_the_bundle(exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx")
+
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("longclip_rt.export.engine.build_plan", stop)
+    result = run("--fp16", "--arch", "all", *SMALL)
+    assert result.exit_code == 1 and result.stdout == f"{exported.path}\n"
+    wanted = f"longclip-rt engine build {exported.path} --arch all --text-buckets 32 --batches 8 --missing\n"
+    assert f"is whole, without that engine; try again: {wanted}" in result.stderr and "Aborted!" in result.stderr
 
 
 def test_a_model_that_was_just_exported_gets_its_engine(tiny_weights: Path, tmp_path: Path) -> None:
