@@ -23,6 +23,10 @@ def blocks() -> list[tuple[str, str]]:
 def test_the_quick_start_works(blocks: list[tuple[str, str]], tmp_path: Path) -> None:
     if sys.prefix == sys.base_prefix:
         pytest.fail("run the tests from a virtual environment, as `make test` does: the quick start uses .venv")
+    # Otherwise `make demo` would install the copy into this environment.
+    stamp = Path(sys.prefix) / ".demo-installed"
+    if stamp.exists() and stamp.stat().st_mtime < (ROOT / "setup.py").stat().st_mtime:
+        pytest.fail("setup.py changed after .venv was installed; run: make .venv/.dev-installed")
     assert [language for language, _ in blocks] == ["sh", "sh", "python"]
     copied = [
         "longclip_rt",
