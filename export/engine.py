@@ -9,7 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from longclip_rt.backends.head_kernel import HEAD_KERNEL, HEAD_OPERATORS, HEAD_PLUGIN, copy_head, head_archs
+from longclip_rt.backends.head_kernel import (
+    HEAD_KERNEL,
+    HEAD_OPERATORS,
+    HEAD_PLUGIN,
+    copy_head,
+    head_archs,
+    plugin_graph_name,
+)
 from longclip_rt.backends.profiles import Profile
 from longclip_rt.bundle import TOWERS, Bundle
 from longclip_rt.engines import (
@@ -28,7 +35,7 @@ from longclip_rt.errors import BundleError, EngineError
 from longclip_rt.export.engine_builders import EVERY, Builders, choose_builders
 from longclip_rt.export.engine_folder import engine_in_the_making
 from longclip_rt.export.engine_plan import NoFusedAttention, PlanFacts, PlanRequest, build_plan
-from longclip_rt.export.head_graph import plugin_graph_name
+from longclip_rt.export.plugin import compiled_by
 from longclip_rt.version import __version__
 
 __all__ = [
@@ -225,6 +232,8 @@ def _built_or_kept(
 ) -> BuiltEngine:
     head = head_for(bundle, builders.backend, arch, options.precision)
     chosen = options.for_key(bundle.architecture.context_length) | ({"pca_head": head} if head else {})
+    if head == HEAD_PLUGIN:
+        chosen["plugin"] = compiled_by()
     key = EngineKey(
         builders.backend, str(builders.library.__version__), builders.gpu, (arch,), options.precision,
         graph_hashes(bundle, options.precision), chosen, head_hash(bundle, head),

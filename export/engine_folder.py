@@ -34,6 +34,7 @@ def engine_in_the_making(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         with lock_folder(making, f"is building the engine {target.name}"):
             try:
+                _put_back(old, target)
                 for left in (*target.parent.glob(f".{target.name}.*"), new, old):
                     if left != making:
                         _remove(left)
@@ -44,8 +45,15 @@ def engine_in_the_making(target: Path) -> Iterator[Path]:
                 new.rename(target)
             finally:
                 with contextlib.suppress(OSError):
+                    _put_back(old, target)
                     for left in (new, old, making):
                         _remove(left)
+
+
+def _put_back(old: Path, target: Path) -> None:
+    """Gives the old engine its name again where a build ended between the two renames."""
+    if os.path.lexists(old) and not os.path.lexists(target):
+        old.rename(target)
 
 
 def _remove(path: Path) -> None:

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from longclip_rt.backends.base import INPUT_NAMES
-from longclip_rt.backends.head_kernel import HEAD_KERNEL, HEAD_PLUGIN
+from longclip_rt.backends.head_kernel import HEAD_KERNEL, HEAD_PLUGIN, plugin_graph_name
 from longclip_rt.backends.profiles import Profile
 from longclip_rt.bundle import Bundle
 from longclip_rt.engine_messages import no_fused_attention
 from longclip_rt.errors import EngineError
 from longclip_rt.export.engine_network import NetworkFacts, gate, network_facts, network_from_graph, tensorrt_graph
 from longclip_rt.export.engine_progress import BuildLog, Interruption, Report, logger_for, monitor_for
-from longclip_rt.export.head_graph import plugin_graph_name
 from longclip_rt.export.plugin import ensure_pca_head
 
 

@@ -139,7 +139,7 @@ class Interruption:
             yield
         finally:
             signal.signal(signal.SIGINT, handler)
-        self.raise_it()
+            self.raise_it()  # in the place of an error too: who interrupts wants no further architecture
 
     def _keep(self, error: BaseException) -> None:
         self.error = self.error or error

@@ -9,6 +9,7 @@ import numpy as np
 
 from longclip_rt.backends import Backend, availability, open_backend
 from longclip_rt.bundle import TOKENIZER, Bundle, load_bundle
+from longclip_rt.closing import closed_after
 from longclip_rt.engines import LIBRARIES, engines_of
 from longclip_rt.errors import BackendError, MissingExtraError
 from longclip_rt.examples import example_photos, parity_texts
@@ -33,18 +34,16 @@ def device_checks(
         BundleError: There is no bundle, or it is damaged.
     """
     bundle = load_bundle(path)
-    opened = _opened(bundle, backend, precision, devices)
-    try:
+    with closed_after(_opened(bundle, backend, precision, devices)) as opened:
         sample = sample_for(bundle)
         reference_runtime = next((name for name in ("onnxruntime", "openvino") if availability(name).usable), None)
         if reference_runtime is None:
             raise BackendError("The gate needs OpenVINO or ONNX Runtime on the CPU. Install: pip install longclip-rt")
-        reference = reference_from_backend(open_backend(bundle, reference_runtime, "fp32"), sample)
+        with closed_after(open_backend(bundle, reference_runtime, "fp32")) as reference_backend:
+            reference = reference_from_backend(reference_backend, sample)
         if bundle.pca is not None:
             reference = reference.with_pca(bundle.pca, bundle.manifest["pca"]["mode"])
         return list(verify_backend(opened, sample, reference))
-    finally:
-        opened.close()
 
 
 def _opened(bundle: Bundle, backend: str, precision: str, devices: Sequence[int] | None) -> Backend:
@@ -54,9 +53,9 @@ def _opened(bundle: Bundle, backend: str, precision: str, devices: Sequence[int]
     if backend != "auto" or not (engines or reasons):
         return open_backend(bundle, backend, precision, devices)
     for library in LIBRARIES:
-        if any(each.key.library == library for each in engines):
+        for wanted in sorted({each.key.precision for each in engines if each.key.library == library}):  # fp16 first
             try:
-                return open_backend(bundle, library, precision, devices)
+                return open_backend(bundle, library, wanted, devices)
             except (BackendError, MissingExtraError) as error:
                 reasons.append(str(error))
     raise BackendError(

@@ -24,11 +24,12 @@ from longclip_rt.backends.head_kernel import (
     HeadFiles,
     load_head,
     pca_name,
+    plugin_graph_name,
     states_name,
     weights_file,
 )
 from longclip_rt.bundle import Bundle
-from longclip_rt.export.head_graph import plugin_graph_name, with_head_plugin, with_head_states
+from longclip_rt.export.head_graph import with_head_plugin, with_head_states
 from longclip_rt.export.verify import LIMITS, LOOSEST, Check, Reference, Sample
 from longclip_rt.files import output_errors
 from longclip_rt.pca import EPS, Pca

@@ -20,11 +20,6 @@ PLUGIN_NAMESPACE, PLUGIN_NAME = "longclip", "pca_head"
 _FLOAT, _HALF = 1, 10  # onnx.TensorProto.FLOAT, FLOAT16
 
 
-def plugin_graph_name(tower: str) -> str:
-    """The file of a tower's fp16 graph with the plug-in in it, which only TensorRT reads."""
-    return f"{tower}.fp16.plugin.onnx"
-
-
 def has_head(model: Any) -> bool:
     """Whether a graph (`onnx.ModelProto`) was exported with a PCA."""
     return any(WEIGHT in node.input for node in model.graph.node)

@@ -11,12 +11,15 @@ registration nor Triton.
 # No postponed annotations in this file: TensorRT reads those of the functions below, as objects.
 
 import importlib
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from longclip_rt.backends.head_kernel import LARGEST_SHARED
 from longclip_rt.errors import EngineError, KernelError
 from longclip_rt.export.head_graph import PLUGIN_NAME, PLUGIN_NAMESPACE
 from longclip_rt.extras import require
+from longclip_rt.files import sha256_of_file, sha256_of_json
 
 PLUGIN = f"{PLUGIN_NAMESPACE}::{PLUGIN_NAME}"
 """The name in TensorRT's registry."""
@@ -55,6 +58,17 @@ def ensure_pca_head(library: Any, arch: int) -> None:
         ) from error
     register_pca_head(library, plugins, arch)
     _registered[package] = arch
+
+
+def compiled_by() -> str:
+    """What the plug-in's code is made of and by: Triton's version, and a hash of the sources; for an engine's key."""
+    here = Path(__file__).parent
+    sources = (here / "plugin.py", *(here.parent / "kernels" / name for name in ("pca_head.py", "pca_head_plugin.py")))
+    digest = sha256_of_json([sha256_of_file(source) for source in sources])[:12]
+    try:
+        return f"triton {version('triton')}, {digest}"
+    except PackageNotFoundError:
+        return f"no triton, {digest}"
 
 
 def register_pca_head(library: Any, plugins: Any, arch: int) -> None:

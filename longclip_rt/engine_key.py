@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from longclip_rt.backends.head_kernel import HEAD_KERNEL, HEAD_PLUGIN, KERNELS, weights_file
+from longclip_rt.backends.head_kernel import HEAD_KERNEL, HEAD_PLUGIN, KERNELS, plugin_graph_name, weights_file
 from longclip_rt.bundle import TOWERS, Bundle, onnx_name
-from longclip_rt.export.head_graph import plugin_graph_name
 from longclip_rt.files import sha256_of_json
+
+LIBRARIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+"""Backend -> the Python package that builds and runs its engines."""
 
 
 @dataclass(frozen=True)

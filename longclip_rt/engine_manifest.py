@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from longclip_rt.bundle import TOWERS
-from longclip_rt.engine_key import EngineKey
+from longclip_rt.engine_key import LIBRARIES, EngineKey
 from longclip_rt.files import sha256_of_file, write_text_atomically
 
 FORMAT_VERSION = 2
@@ -49,8 +49,10 @@ def read_engine_manifest(folder: Path) -> tuple[EngineKey, dict[str, str], dict[
         raise ValueError("it is of a newer version of this program; update with: pip install -U longclip-rt")
     _check(about, _FIELDS, "")
     files = about["files"]
-    if unsafe := [name for name in files if Path(name).name != name]:
-        raise ValueError(f"it names files outside of its folder: {', '.join(unsafe)}")
+    if about["key"]["library"] not in LIBRARIES:
+        raise ValueError(f"it is of an unknown library, {about['key']['library']!r}")
+    if unsafe := [name for name in files if Path(name).name != name or name in ("", "..") or "\0" in name]:
+        raise ValueError(f"it names files outside of its folder: {', '.join(map(repr, unsafe))}")
     if missing := [plan_name(tower) for tower in TOWERS if plan_name(tower) not in files]:
         raise ValueError(f"it does not name {', '.join(missing)}")
     key = {field.name: about["key"][field.name] for field in fields(EngineKey)}

@@ -19,7 +19,7 @@ from typing import Any
 
 from longclip_rt.backends.profiles import Profile
 from longclip_rt.bundle import TOWERS, Bundle
-from longclip_rt.engine_key import EngineKey, Target, graph_hashes, head_hash
+from longclip_rt.engine_key import LIBRARIES, EngineKey, Target, graph_hashes, head_hash
 from longclip_rt.engine_manifest import MANIFEST, plan_name, read_engine_manifest, write_engine_manifest
 from longclip_rt.errors import EngineError
 from longclip_rt.machine import cuda_devices
@@ -46,9 +46,6 @@ __all__ = [
 ENGINES = "engines"
 TIMING_CACHE = "timing.cache"
 AGAIN = "longclip-rt engine build"
-LIBRARIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-"""Backend -> the Python package that builds and runs its engines."""
-
 # TensorRT 10.14 is the first with attention layers in its bindings; of TensorRT-RTX none older was tried than 1.7.
 _OLDEST = {"tensorrt": (10, 14), "tensorrt-rtx": (1, 7)}
 

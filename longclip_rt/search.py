@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from longclip_rt.closing import closed_after
 from longclip_rt.errors import BundleError, InputError, OutputError, PcaError
 from longclip_rt.files import has_image_suffix
 
@@ -152,7 +152,7 @@ def search_query(
     metadata = read_metadata(path)
     _check_kinds(path, metadata, query_kind, kinds)
     loaded = _loaded_pca(path, metadata, pca)
-    with contextlib.closing(embedder_of(path, metadata, bundle, backend=backend, precision=precision)) as opened:
+    with closed_after(embedder_of(path, metadata, bundle, backend=backend, precision=precision)) as opened:
         embedder = _with_pca_of(path, metadata, opened, loaded)
         tokens, truncated = 0, False
         if query_kind == "image":

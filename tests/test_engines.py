@@ -108,7 +108,8 @@ DAMAGES = [
     ("key.options", []), ("key.options", {"batches": 7}), ("key.head", None), ("key.precision", True), ("key", []),
     ("towers", []), ("towers.text", None), ("towers.text.weights", "x"), ("towers.text.profiles", {}),
     ("towers.text.profiles", [7]), ("files", None), ("files.text.plan", 7), ("files", {}), ("format", "1"),
-    ("files", {"../x": "1"}), ("towers.text.profiles", [{"index": 0, "length": 32, "least": 1, "most": 8}]),
+    ("files", {"../x": "1"}), ("files", {"": "1"}), ("files", {"..": "1"}), ("files", {"a\0": "1"}),
+    ("key.library", "tensorrt-lean"), ("towers.text.profiles", [{"index": 0, "length": 32, "least": 1, "most": 8}]),
 ]  # fmt: skip
 
 

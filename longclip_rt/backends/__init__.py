@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 from collections.abc import Callable, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 
 from longclip_rt.backends.base import Backend
 from longclip_rt.bundle import Bundle
-from longclip_rt.errors import BackendError, MissingExtraError
+from longclip_rt.errors import BackendError, LongClipError, MissingExtraError
 
 __all__ = [
     "AUTO_ORDER",
@@ -235,5 +236,6 @@ def _on_gpus(
         return members[0] if len(members) == 1 else DevicePool(members)
     except BaseException:
         for member in members:
-            member.close()
+            with contextlib.suppress(LongClipError):  # the error at hand says more
+                member.close()
         raise

@@ -138,16 +138,15 @@ class Gpu:
         try:
             # Other threads may allocate and wait meanwhile; this one may not.
             builder.begin_building("thread_local")
-            try:
-                enqueue(builder)
-            except BaseException:
-                with contextlib.suppress(Exception):  # it says only that the capture came to nothing
-                    builder.end_building()
-                raise
+            enqueue(builder)
             builder.end_building()
             graph = builder.complete()
-        finally:
-            builder.close()
+        except BaseException:
+            for end in (builder.end_building, builder.close):
+                with contextlib.suppress(Exception):  # they say only that the capture came to nothing
+                    end()
+            raise
+        builder.close()
         graph.upload(stream)
         return graph
 

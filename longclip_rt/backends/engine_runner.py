@@ -108,6 +108,8 @@ class EngineRunner:
         self._free: queue.LifoQueue[_Slot] = queue.LifoQueue()
         self._slots: list[_Slot] = []
         self._closed = False
+        self._closing = threading.Lock()
+        self.released = False
         self._graphs = GraphCache(self._capture, self._let_go, graphs)
         self._contexts: dict[Profile, Any] = {}
         self._head: HeadKernel | None = None
@@ -327,11 +329,25 @@ class EngineRunner:
     def close(self) -> None:
         """Waits for the batches in flight and lets go of everything, in the order that CUDA wants. Twice is fine."""
         with self._launch:
-            if self._closed:
-                return
             self._closed = True
-        for _ in self._slots:
-            self._free.get()
+        with self._closing:
+            if not self.released:
+                self._take_all()
+                self._release()
+
+    def _take_all(self) -> None:
+        """Waits for every slot. Where Ctrl-C ends that, they are given back, and `close` may be called again."""
+        taken: list[_Slot] = []
+        try:
+            while len(taken) < len(self._slots):
+                taken.append(self._free.get())
+        except BaseException:
+            for slot in taken:
+                self._free.put(slot)
+            raise
+
+    def _release(self) -> None:
+        self.released = True
         try:
             with gpu_errors(f"GPU {self._gpu.number} failed while the {self._tower} engine was closed"):
                 self._gpu.activate()

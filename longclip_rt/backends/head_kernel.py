@@ -60,6 +60,11 @@ def weights_file(tower: str) -> str:
     return f"{tower}.head.safetensors"
 
 
+def plugin_graph_name(tower: str) -> str:
+    """The file of a tower's fp16 graph with the plug-in in it, which only TensorRT reads."""
+    return f"{tower}.fp16.plugin.onnx"
+
+
 @dataclass(frozen=True)
 class Code:
     """One compiled configuration of the kernel.

@@ -134,12 +134,18 @@ class TensorrtBackend(Backend):
 
     def close(self) -> None:
         """Waits for what is in flight, and lets go of the GPU's memory. The next call opens the engines again."""
-        with self._lock:
-            runners, self._runners, self._runtime = list(self._runners.values()), {}, None
-            with contextlib.ExitStack() as stack:  # each, whatever becomes of the others
-                stack.callback(self._gpu.release)
-                for runner in runners:
-                    stack.callback(runner.close)
+        with self._lock, contextlib.ExitStack() as stack:  # each, whatever becomes of the others
+            stack.callback(self._gpu.release)
+            for tower in list(self._runners):
+                stack.callback(self._close_runner, tower)
+            self._runtime = None
+
+    def _close_runner(self, tower: str) -> None:
+        try:
+            self._runners[tower].close()
+        finally:
+            if self._runners[tower].released:  # after Ctrl-C it is not, and closed by the next call
+                del self._runners[tower]
 
 
 class TensorrtRtxBackend(TensorrtBackend):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -180,10 +179,11 @@ def embed(
         settings = EmbedOptions(**options)
         # A slip in a name should show before a model is loaded.
         plan_embedding(files, output, settings)
+        from longclip_rt.closing import closed_after
         from longclip_rt.runtime import Embedder
 
         opened = Embedder.from_bundle(bundle, backend, precision, pca, pca_mode, devices)
-        with contextlib.closing(opened) as embedder, _Bar(quiet) as bar:
+        with closed_after(opened) as embedder, _Bar(quiet) as bar:
             report = embed_files(files, output, embedder, settings, bar)
     except KeyboardInterrupt:
         click.echo("Stopped. Give the same command again to go on, or add --restart to begin anew.", err=True)

@@ -266,7 +266,35 @@ def test_closing_a_gpu_that_failed_lets_go_of_all_and_of_those_who_wait() -> Non
         opened.run(ids(3, 5), ["text_embeds"])
 
 
-@pytest.mark.parametrize("refused", ["capture", *(["capturable"] if imitated.PACKAGE == "tensorrt_rtx" else [])])
+def test_closing_that_was_interrupted_can_be_done_again() -> None:
+    opened = runner(text_engine())
+    slot = opened._free.get()  # a batch is under way
+
+    def interrupted(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    get = opened._free.get
+    taken = [get()]
+    opened._free.get = lambda *arguments, **keywords: taken.pop() if taken else interrupted()  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        opened.close()
+    opened._free.get = get  # type: ignore[method-assign]
+    assert not log("^free") and not opened.released
+    with pytest.raises(BackendError, match="was closed while it was in use"):
+        opened.run(ids(2, 5), ["text_embeds"])
+    opened._free.put(slot)
+    threads = [threading.Thread(target=opened.close) for _ in range(2)]  # at once, and neither waits for ever
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert opened.released and len(log("^free")) == len(log("^allocate"))
+
+
+@pytest.mark.parametrize(
+    "refused", ["capture", "invalidated", *(["capturable"] if imitated.PACKAGE == "tensorrt_rtx" else [])]
+)
 def test_what_cannot_be_captured_runs_without_a_graph_and_says_so_once(
     refused: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -278,7 +306,11 @@ def test_what_cannot_be_captured_runs_without_a_graph_and_says_so_once(
         np.testing.assert_array_equal(opened.run(batch, ["text_embeds"])[0], expected(batch))
     assert not log("^launch graph")
     (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
-    reason = {"capture": "TensorRT refused a batch", "capturable": "would allocate memory or compile"}[refused]
+    reason = {
+        "capture": "TensorRT refused a batch",
+        "invalidated": "TensorRT refused a batch",
+        "capturable": "would allocate memory or compile",
+    }[refused]
     assert "cannot be captured as a CUDA graph, and runs without: " in record.message and reason in record.message
     opened.close()
     assert len(log("^free")) == len(log("^allocate"))

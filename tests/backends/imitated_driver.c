@@ -14,7 +14,7 @@
 
 typedef int CUresult;
 typedef uintptr_t Ptr;
-enum { OK = 0, INVALID = 1, NOT_FOUND = 500, STREAM_CAPTURE_UNSUPPORTED = 900 };
+enum { OK = 0, INVALID = 1, NOT_FOUND = 500, STREAM_CAPTURE_UNSUPPORTED = 900, STREAM_CAPTURE_INVALIDATED = 901 };
 
 typedef struct { Ptr p[6]; int32_t i[7]; float f[2]; Ptr hidden[2]; } HeadArguments;
 typedef struct Event Event;
@@ -33,7 +33,7 @@ struct Op {
     Op *next;
 };
 struct Event { Stream *stream; long ticket; };  /* `ticket` operations of `stream` come before it */
-struct Stream { int number; long enqueued, done; Op *first, *last; Graph *capturing; };
+struct Stream { int number; long enqueued, done; Op *first, *last; Graph *capturing; int invalid; };
 struct Graph { int number; Op *first, *last; int refs; };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -209,10 +209,18 @@ CUresult cuEventQuery(Event *e) { return !e->stream || e->stream->done >= e->tic
 CUresult cuStreamBeginCapture(Stream *s, int mode) {
     LOCKED(s->capturing = calloc(1, sizeof(Graph)); s->capturing->number = graphs++; note("capture graph %d stream %d mode %d", s->capturing->number, s->number, mode));
 }
-CUresult cuStreamEndCapture(Stream *s, Graph **g) { LOCKED(*g = s->capturing; s->capturing = NULL); }
-CUresult cuStreamIsCapturing(Stream *s, int *status) { *status = s && s->capturing ? 1 : 0; return OK; }
+CUresult cuStreamEndCapture(Stream *s, Graph **g) {
+    int invalid = s->invalid;
+    s->invalid = 0;
+    *g = invalid ? NULL : s->capturing;
+    s->capturing = NULL;
+    return invalid ? STREAM_CAPTURE_INVALIDATED : OK;
+}
+/* As when something is called that no capture allows. */
+void imitated_invalidate(Stream *s) { s->invalid = 1; }
+CUresult cuStreamIsCapturing(Stream *s, int *status) { *status = s && s->capturing ? 1 + s->invalid : 0; return OK; }
 CUresult cuStreamGetCaptureInfo(Stream *s, int *status, unsigned long long *id, Graph **g, void *deps, void *edges, size_t *n) {
-    *status = s && s->capturing ? 1 : 0;
+    *status = s && s->capturing ? 1 + s->invalid : 0;
     if (id) *id = 1;
     if (g) *g = s ? s->capturing : NULL;
     if (n) *n = 0;

@@ -224,7 +224,9 @@ class Context:
         engine, status = self.engine, ctypes.c_int()
         engine.driver.cuStreamIsCapturing(ctypes.c_void_p(stream_handle), ctypes.byref(status))
         complete = self.memory and self.shape and set(self.addresses) == {tensor.name for tensor in engine.tensors}
-        refused = "run" in engine.refuse or (status.value and "capture" in engine.refuse)
+        refused = "run" in engine.refuse or (status.value and {"capture", "invalidated"} & engine.refuse)
+        if status.value and "invalidated" in engine.refuse:
+            engine.driver.imitated_invalidate(ctypes.c_void_p(stream_handle))
         if not complete or (status.value and not self.settled) or refused:
             return False
         self.settled = True

@@ -29,6 +29,7 @@ class Card(Backend):
     concurrency = 2
     opened: ClassVar[list[Card]] = []
     fails: ClassVar[dict[int, str]] = {}
+    stuck: ClassVar[bool] = False
 
     def __init__(self, bundle: Bundle, precision: str, number: int = 0, model: str = "NVIDIA L4") -> None:
         super().__init__(bundle, precision)
@@ -66,6 +67,8 @@ class Card(Backend):
     def close(self) -> None:
         self.closed += 1
         self.inner.close()
+        if self.stuck:
+            raise BackendError("GPU failed while it was closed")
 
 
 @pytest.fixture(autouse=True)
@@ -156,6 +159,11 @@ def test_a_gpu_that_fails_its_self_check_is_closed_and_passed_over(
     with pytest.raises(BackendError, match="fails its self-check"):
         open_backend(bundle, "tensorrt", devices=[0, 1])
     assert [card.closed for card in cards] == [1, 1]
+    monkeypatch.setattr(Card, "stuck", True)
+    with pytest.raises(BackendError, match="fails its self-check"):  # not that closing failed too
+        open_backend(bundle, "tensorrt", devices=[0, 1])
+    assert [card.closed for card in cards[2:]] == [1, 1]
+    monkeypatch.setattr(Card, "stuck", False)
     with pytest.raises(BackendError, match=r"each once; got \[0, 0\]"):
         open_backend(bundle, "tensorrt", devices=[0, 0])
     with pytest.raises(BackendError, match=r"cannot be used.*runs on the CPU"):

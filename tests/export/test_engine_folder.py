@@ -38,6 +38,32 @@ def test_an_engine_is_replaced_whole(target: Path) -> None:
     assert only(target)
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(errno.EIO, "a fault of the disk")])
+def test_the_old_engine_comes_back_where_the_new_one_does_not_get_its_name(
+    target: Path, monkeypatch: pytest.MonkeyPatch, error: object
+) -> None:
+    make(target, "old")
+    rename = Path.rename
+
+    def fail(path: Path, to: Path) -> Path:
+        if path.name == "new":
+            raise error  # type: ignore[misc]
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises((KeyboardInterrupt, OutputError)):
+        make(target)
+    assert only(target, "old")
+    monkeypatch.undo()
+    # A process that was killed there left the old one to the next build, which may fail.
+    making = target.with_name(f".{target.name}.making")
+    making.mkdir()
+    target.rename(making / "old")
+    with pytest.raises(ValueError), engine_in_the_making(target):
+        raise ValueError
+    assert only(target, "old")
+
+
 def test_what_killed_builds_left_is_removed(target: Path) -> None:
     for left in (
         f".{target.name}.1",

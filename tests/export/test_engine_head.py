@@ -14,7 +14,15 @@ import pytest
 from click.testing import CliRunner, Result
 from rtx_network import parsed
 
-from longclip_rt.backends.head_kernel import HEAD_KERNEL, HEAD_OPERATORS, HEAD_PLUGIN, load_head, pca_name, states_name
+from longclip_rt.backends.head_kernel import (
+    HEAD_KERNEL,
+    HEAD_OPERATORS,
+    HEAD_PLUGIN,
+    load_head,
+    pca_name,
+    plugin_graph_name,
+    states_name,
+)
 from longclip_rt.bundle import BUILT_IN, load_bundle
 from longclip_rt.cli import longclip_rt
 from longclip_rt.engines import engines_of
@@ -22,7 +30,6 @@ from longclip_rt.errors import BackendError, BundleError, EngineError, ExportErr
 from longclip_rt.export.engine import head_for
 from longclip_rt.export.engine_network import network_facts, tensorrt_graph
 from longclip_rt.export.exporter import ARCHITECTURES
-from longclip_rt.export.head_graph import plugin_graph_name
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not to be had for this system")
 MODEL = BUILT_IN

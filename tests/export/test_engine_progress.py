@@ -1,6 +1,11 @@
 from __future__ import annotations
 
-from longclip_rt.export.engine_progress import BuildLog, Fraction
+import signal
+
+import pytest
+
+from longclip_rt.errors import EngineError
+from longclip_rt.export.engine_progress import BuildLog, Fraction, Interruption
 
 
 def test_phases_within_phases_add_up() -> None:
@@ -29,6 +34,15 @@ def test_more_steps_than_were_told_and_steps_of_unknown_phases_do_no_harm() -> N
     fraction.start("build", "unknown", 0)
     fraction.step("build", 7)
     assert fraction.value == 1
+
+
+def test_an_interruption_is_raised_in_the_place_of_a_refusal() -> None:
+    interruption = Interruption()
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), interruption.keeping_ctrl_c():
+        signal.raise_signal(signal.SIGINT)
+        raise EngineError("The library refused the profile.")
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_that_there_is_no_gpu_is_no_error_of_a_build_for_another_machine() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from longclip_rt.backends import Backend
 from longclip_rt.bundle import Bundle, load_bundle
 from longclip_rt.commands.engine import verify
 from longclip_rt.engines import ENGINES, EngineKey, graph_hashes, write_engine_manifest
@@ -42,6 +43,21 @@ def test_another_backend_is_not_taken_for_engines_that_cannot_be_used(bundle: Bu
     (bundle.path / ENGINES / "engine" / "engine.json").write_text("{")
     with pytest.raises(BackendError, match=r"none of them can be used here\. engine: its engine\.json cannot be used"):
         gate.device_checks(bundle.path)
+
+
+def test_the_precision_is_that_of_the_engines(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = bundle.path / ENGINES / "engine"
+    write_engine_manifest(folder, EngineKey("tensorrt", "11.4", "L4", (89,), "fp32", graph_hashes(bundle, "fp32")), {})
+    asked: list[tuple[str, str]] = []
+    real = gate.open_backend
+
+    def opened(bundle: Bundle, backend: str, precision: str, devices: object = None) -> Backend:
+        asked.append((backend, precision))
+        return real(bundle, "onnxruntime" if backend == "tensorrt" else backend, precision)
+
+    monkeypatch.setattr(gate, "open_backend", opened)
+    assert {check.precision for check in gate.device_checks(bundle.path)} == {"fp32"}
+    assert asked[0] == ("tensorrt", "fp32")
 
 
 def test_what_was_asked_for_by_name_or_has_no_engine_is_checked(bundle: Bundle) -> None:
