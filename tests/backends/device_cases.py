@@ -266,6 +266,17 @@ def test_closing_a_gpu_that_failed_lets_go_of_all_and_of_those_who_wait() -> Non
         opened.run(ids(3, 5), ["text_embeds"])
 
 
+def test_what_a_failed_batch_left_in_flight_ends_before_its_memory_is_let_go_of() -> None:
+    opened = runner(text_engine())
+    slot = opened._slots[1]
+    name = next(iter(slot.pinned))
+    opened._gpu.copy(slot.pinned[name].buffer, slot.device[name], 64, slot.stream)
+    DRIVER.imitated_log_clear()
+    opened.close()
+    lines = log()
+    assert lines.index("free") > next(index for index, line in enumerate(lines) if line.startswith("run copy"))
+
+
 def test_closing_that_was_interrupted_can_be_done_again() -> None:
     opened = runner(text_engine())
     slot = opened._free.get()  # a batch is under way
