@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from longclip_rt.backends.base import INPUT_NAMES, Float32
 from longclip_rt.backends.device import Gpu, Pinned, gpu_errors
+from longclip_rt.backends.engine_tensors import check_states, profiles_of, tensors_of
 from longclip_rt.backends.graph_cache import LIMIT, GraphCache
 from longclip_rt.backends.head_kernel import HeadFiles, HeadKernel, pca_name, states_name
 from longclip_rt.backends.jit_kernels import JitKernels
@@ -96,10 +97,11 @@ class EngineRunner:
     ) -> None:
         self._library, self._engine, self._gpu, self._tower = library, engine, gpu, tower
         self._input, self._kernels = INPUT_NAMES[tower], kernels
-        tensors = _tensors(library, engine, tower)
-        self.profiles = _profiles(engine, self._input, tower)
+        tensors = tensors_of(library, engine, tower)
+        self.profiles = profiles_of(engine, self._input, tower)
         if head is not None:
-            tensors = [*_with_head(tensors, tower, head), Tensor(pca_name(tower), (-1, head.k), 4, False)]
+            check_states(tensors, tower, head)
+            tensors = [*tensors, Tensor(pca_name(tower), (-1, head.k), 4, False)]
         self._tensors = {tensor.name: tensor for tensor in tensors}
         self._in_engine = [name for name in self._tensors if head is None or name != pca_name(tower)]
         workspaces = [engine.get_device_memory_size_for_profile_v2(profile.index) for profile in self.profiles]
@@ -355,48 +357,6 @@ class EngineRunner:
         finally:
             self._engine = self._kernels = None
             self._free.put(_Slot(-1, None))  # whoever still waits for a slot sees that it is closed
-
-
-def _tensors(library: Any, engine: Any, tower: str) -> list[Tensor]:
-    tensors = []
-    for index in range(engine.num_io_tensors):
-        name = engine.get_tensor_name(index)
-        kind = engine.get_tensor_dtype(name)
-        is_input = engine.get_tensor_mode(name) == library.TensorIOMode.INPUT
-        expected = library.DataType.FLOAT
-        if is_input and tower == "text":
-            expected = library.DataType.INT32
-        elif name == states_name(tower):
-            expected = library.DataType.HALF
-        if kind != expected:
-            raise BackendError(
-                f"The engine's {name} is {kind}, and should be {expected}. Build it from the bundle's own graphs: "
-                "longclip-rt engine build"
-            )
-        on_host = name != states_name(tower)
-        shape = tuple(engine.get_tensor_shape(name))
-        tensors.append(Tensor(name, shape, 4 if on_host else 2, is_input, on_host))
-    if [tensor.name for tensor in tensors if tensor.is_input] != [INPUT_NAMES[tower]]:
-        raise BackendError(f"The engine is not one of a {tower} tower. Build it with: longclip-rt engine build")
-    return tensors
-
-
-def _profiles(engine: Any, name: str, tower: str) -> tuple[Profile, ...]:
-    profiles = []
-    for index in range(engine.num_optimization_profiles):
-        least, _, most = (tuple(shape) for shape in engine.get_tensor_profile_shape(name, index))
-        profiles.append(Profile(index, most[1] if tower == "text" else None, least[0], most[0]))
-    return tuple(profiles)
-
-
-def _with_head(tensors: list[Tensor], tower: str, head: HeadFiles) -> list[Tensor]:
-    states = next((tensor for tensor in tensors if tensor.name == states_name(tower)), None)
-    if states is None or states.shape[1:] != (head.width,):
-        raise BackendError(
-            f"The engine does not hand out the states [B, {head.width}] that the PCA head beside it reads. Build it "
-            "again with: longclip-rt engine build"
-        )
-    return tensors
 
 
 def _mib(memory: Memory) -> str:

@@ -11,11 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import device_cases
 import imitated_tensorrt as imitated
 import numpy as np
 import pytest
-from device_cases import DIM, empty_log, expected, head_folder, ids, image_engine, log, sums, text_engine
+from imitated_engines import DIM, DRIVER, empty_log, expected, head_folder, ids, image_engine, log, sums, text_engine
 
 from longclip_rt.architecture import Architecture
 from longclip_rt.backends.tensorrt import TensorrtBackend, TensorrtRtxBackend
@@ -140,10 +139,10 @@ def test_an_error_of_before_is_not_taken_for_the_reason(bundle: Bundle) -> None:
 def test_closing_gives_the_memory_back_even_where_one_tower_fails(bundle: Bundle) -> None:
     backend = KIND(bundle, "fp16")
     backend.prepare()
-    device_cases.DRIVER.imitated_fail_waiting(1)
+    DRIVER.imitated_fail_waiting(1)
     with pytest.raises(BackendError, match="failed while the text engine was closed"):
         backend.close()
-    device_cases.DRIVER.imitated_fail_waiting(0)
+    DRIVER.imitated_fail_waiting(0)
     assert len(log("^destroy stream")) == 6 and len(log("^destroy pool")) == 1
     backend.encode_text(ids(2, 5))
     backend.close()

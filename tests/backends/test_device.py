@@ -19,10 +19,9 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("cases", "library"),
     [
-        ("device_cases.py", "tensorrt_bindings"),
-        ("device_cases.py", "tensorrt_rtx"),
-        ("tensorrt_cases.py", "tensorrt_bindings"),
-        ("tensorrt_cases.py", "tensorrt_rtx"),
+        (cases, library)
+        for cases in ("device_cases.py", "trouble_cases.py", "head_cases.py", "tensorrt_cases.py")
+        for library in ("tensorrt_bindings", "tensorrt_rtx")
     ],
 )
 def test_the_device_layer_over_an_imitated_driver(tmp_path: Path, cases: str, library: str) -> None:
