@@ -117,3 +117,15 @@ def test_timings_that_are_damaged_are_left_out(tmp_path: Path) -> None:
     request = PlanRequest(trt, load_bundle(MODEL), "image", "fp16", profiles, 75, here=False)
     _, timings = build_plan(request, tmp_path / "image.plan", b"not timings" * 20, lambda stage, done: None)
     assert timings and b"not timings" not in timings
+
+
+@pytest.mark.parametrize(("tower", "given"), [("text", "INT32"), ("image", "FLOAT")])
+def test_inputs_and_outputs_are_of_the_types_that_the_runtime_takes(tiny_bundle: Path, tower: str, given: str) -> None:
+    """A model with further outputs, which stay in fp16 inside."""
+    path = tiny_bundle / f"{tower}.fp16.onnx"
+    network, *_alive = parsed(tensorrt_graph(path).content, path)
+    assert [network.get_input(index).dtype.name for index in range(network.num_inputs)] == [given]
+    outputs = [network.get_output(index) for index in range(network.num_outputs)]
+    assert tuple(output.name for output in outputs) == load_bundle(tiny_bundle).outputs(tower)
+    assert {output.dtype.name for output in outputs} == {"FLOAT"} and len(outputs) == 3
+    assert all(output.shape[0] == -1 for output in outputs)
