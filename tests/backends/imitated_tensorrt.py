@@ -10,12 +10,13 @@ import ctypes
 import importlib
 import inspect
 import os
-import re
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
+
+from trt_signatures import signatures
 
 # `tensorrt_bindings`, or `tensorrt_rtx`, whose classes are the same where they are used.
 real: Any = importlib.import_module(os.environ["IMITATED_LIBRARY"])
@@ -26,22 +27,16 @@ WORKSPACE = 5000
 FREE = -1
 
 
-def signatures(function: Any) -> list[inspect.Signature]:
-    """What a function of the bindings takes, from the line or lines that pybind11 writes into its documentation."""
-    found = []
-    for line in re.findall(rf"^(?:\d+\. )?{function.__name__}\((.*)\)(?: -> .*)?$", function.__doc__ or "", re.M):
-        names = re.findall(r"(?:^|, )(\w+): [^=]*?(?:( = )|(?=, \w+: |$))", line)
-        found.append(
-            inspect.Signature([
-                inspect.Parameter(
-                    name,
-                    inspect.Parameter.POSITIONAL_OR_KEYWORD,
-                    default=None if default else inspect.Parameter.empty,
-                )
-                for name, default in names
-            ])
-        )  # fmt: skip
-    return found
+def callables(function: Any) -> list[inspect.Signature]:
+    """What a function of the bindings takes, for Python to hold arguments to."""
+    kind, required = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
+    return [
+        inspect.Signature([
+            inspect.Parameter(name, kind, default=None if optional else required)
+            for name, optional in zip(known.names, known.optional, strict=True)
+        ])
+        for known in signatures(function.__doc__, function.__name__)
+    ]  # fmt: skip
 
 
 class Checked:
@@ -58,7 +53,7 @@ class Checked:
             return value
 
         def call(*arguments: Any, **keywords: Any) -> Any:
-            known = signatures(getattr(self.real_class, name))
+            known = callables(getattr(self.real_class, name))
             assert known, f"no signature of {name} was found"
             for signature in known:
                 try:
