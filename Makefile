@@ -39,7 +39,7 @@ test: lint
 # The tests that need an NVIDIA GPU: kernels, training and backends; and the times of the PCA head there. They build
 # engines of the built-in model, or of the bundle that LONGCLIP_RT_TEST_BUNDLE names, where TensorRT is installed.
 test-gpu: .venv/.dev-installed
-	LONGCLIP_RT_TEST_GPU=1 $(BIN)/python -m pytest -m gpu tests/kernels tests/train tests/backends/test_on_gpu.py
+	LONGCLIP_RT_TEST_GPU=1 $(BIN)/python -m pytest -m gpu tests/kernels tests/train tests/engines/test_on_gpu.py
 	$(BIN)/python benchmarks/pca_head.py
 
 lint: .venv/.dev-installed

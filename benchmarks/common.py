@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from longclip_rt import machine
+from longclip_rt.system import machine
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -21,8 +21,8 @@ import torch
 from common import median_ratio, rates_in_turns, save_table
 
 from longclip_rt import Embedder
-from longclip_rt.checkpoint import load_checkpoint
-from longclip_rt.examples import example_captions, example_photos, parity_texts
+from longclip_rt.bundle.samples import example_captions, example_photos, parity_texts
+from longclip_rt.weights.checkpoint import load_checkpoint
 
 TARGETS = {"images": 3.0, "texts of 248 tokens": 2.8, "captions of 16 to 32 tokens": 20.0, "mixed lengths": 5.0}
 BATCH = 8

@@ -25,8 +25,8 @@ from common import median_ratio, rates_in_turns, save_table
 from PIL import Image
 
 from longclip_rt import Embedder
+from longclip_rt.bundle.samples import example_photos
 from longclip_rt.embedding.pipeline import EmbedOptions, embed_files
-from longclip_rt.examples import example_photos
 
 PHOTOS = 200
 TARGET = 0.85

@@ -19,10 +19,10 @@ from typing import Any
 
 from common import save_table
 
-from longclip_rt.bundle import MANIFEST, Bundle, load_bundle
+from longclip_rt.bundle.bundle import MANIFEST, Bundle, load_bundle
 from longclip_rt.commands.engine_options import BATCHES, TEXT_BUCKETS, fused_attention
-from longclip_rt.engines import LIBRARIES
-from longclip_rt.export.engine import EngineOptions, build_engines, choose_builders
+from longclip_rt.export.tensorrt.build import EngineOptions, build_engines, choose_builders
+from longclip_rt.tensorrt.engines import LIBRARIES
 
 
 def numbers(text: str) -> tuple[int, ...]:

@@ -24,10 +24,10 @@ import torch
 from common import RESULTS, save_table
 from scene_tests import BIN, HELD_OUT, SCENES, TowerEncoders, measure
 
-from longclip_rt.files import write_text_atomically
+from longclip_rt.system.files import write_text_atomically
 from longclip_rt.train.config import TrainConfig, preset_config
 from longclip_rt.train.loop import train
-from longclip_rt.train.results import WEIGHTS
+from longclip_rt.train.run.results import WEIGHTS
 from longclip_rt.train.scenes import scene
 
 NAME = "longclip_study"

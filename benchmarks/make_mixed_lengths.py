@@ -15,7 +15,7 @@ from pathlib import Path
 
 from open_clip.tokenizer import SimpleTokenizer
 
-from longclip_rt.examples import example_captions
+from longclip_rt.bundle.samples import example_captions
 
 TARGET = Path(__file__).with_name("mixed_lengths.txt")
 SEED = 248

@@ -12,14 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from longclip_rt.checkpoint import load_checkpoint
-from longclip_rt.export.vocabulary import tokenizer_json
-from longclip_rt.preprocess import ImageTransform
+from longclip_rt.model.preprocess import ImageTransform
+from longclip_rt.model.tokenizer import Tokenizer, pad_tokens
+from longclip_rt.model.towers import towers_from_checkpoint
+from longclip_rt.model.vocabulary import tokenizer_json
 from longclip_rt.runtime import Embedder
-from longclip_rt.tokenizer import Tokenizer, pad_tokens
-from longclip_rt.towers import towers_from_checkpoint
 from longclip_rt.train.evaluate import pair_accuracy, retrieval, zero_shot_accuracy
-from longclip_rt.train.scene_words import with_article
 from longclip_rt.train.scenes import (
     COLOURS,
     KINDS,
@@ -33,6 +31,8 @@ from longclip_rt.train.scenes import (
     short_caption,
     twin,
 )
+from longclip_rt.train.scenes.words import with_article
+from longclip_rt.weights.checkpoint import load_checkpoint
 
 # A seed of scenes that no run trains on; the trainer's own validation rows lie elsewhere too.
 HELD_OUT = 1 << 30

@@ -15,15 +15,15 @@ import numpy as np
 from common import RESULTS, save_table
 from scene_tests import BIN, SCENES, BundleEncoders, measure
 
-from longclip_rt import machine
-from longclip_rt.bundle import BUILT_IN, rename_weights
+from longclip_rt.bundle.bundle import BUILT_IN, rename_weights
+from longclip_rt.bundle.samples import example_captions
 from longclip_rt.errors import TrainingError
-from longclip_rt.examples import example_captions
 from longclip_rt.export.exporter import ExportOptions, export_bundle
 from longclip_rt.runtime import Embedder
-from longclip_rt.train.card import CARD_FILE, ModelCard, TrainingFacts, write_model_card
-from longclip_rt.train.checkpoints import TrainState, load_newest_checkpoint
-from longclip_rt.train.results import WEIGHTS
+from longclip_rt.system import machine
+from longclip_rt.train.run.card import CARD_FILE, ModelCard, TrainingFacts, write_model_card
+from longclip_rt.train.run.checkpoints import TrainState, load_newest_checkpoint
+from longclip_rt.train.run.results import WEIGHTS
 
 NAME = "tiny_model"
 WEIGHTS_NAME = "tiny.safetensors"

@@ -34,11 +34,11 @@ from common import median_ratio, rates_in_turns, save_table
 from open_clip.tokenizer import SimpleTokenizer
 
 from longclip_rt.embedding.cleaners import Cleaners
-from longclip_rt.embedding.entries import Entry
 from longclip_rt.embedding.flow import TEXTS_PER_TASK
+from longclip_rt.embedding.inputs.entries import Entry
 from longclip_rt.embedding.tasks import tokenize
-from longclip_rt.export.vocabulary import tokenizer_json
-from longclip_rt.tokenizer import Tokenizer
+from longclip_rt.model.tokenizer import Tokenizer
+from longclip_rt.model.vocabulary import tokenizer_json
 
 CHUNK = 250
 

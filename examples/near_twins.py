@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from longclip_rt import Embedder
-from longclip_rt.examples import example_captions
+from longclip_rt.bundle.samples import example_captions
 
 FOLDER = Path(__file__).parent / "scenes"
 

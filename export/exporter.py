@@ -12,25 +12,34 @@ from typing import Any, Literal
 
 import numpy as np
 
-from longclip_rt.backends import availability, open_backend
-from longclip_rt.bundle import PCA, TOKENIZER, TOWERS, Bundle, bundles_home, load_bundle, onnx_name, write_manifest
-from longclip_rt.checkpoint import Checkpoint, load_checkpoint
+from longclip_rt.bundle.bundle import (
+    PCA,
+    TOKENIZER,
+    TOWERS,
+    Bundle,
+    bundles_home,
+    load_bundle,
+    onnx_name,
+    write_manifest,
+)
+from longclip_rt.bundle.samples import example_photos, parity_texts
 from longclip_rt.errors import ExportError
-from longclip_rt.examples import example_photos, parity_texts
-from longclip_rt.export.head import head_checks, why_no_head, write_head, write_plugin_graphs
 from longclip_rt.export.onnx import OPSET, export_tower
 from longclip_rt.export.precision import BlockActivation, half_tower
 from longclip_rt.export.rounding import RoundedHalfBackend
 from longclip_rt.export.structure import structure_checks
-from longclip_rt.export.verify import Check, Reference, Sample, reference_from_towers, verify_backend
-from longclip_rt.export.vocabulary import tokenizer_json
-from longclip_rt.extras import require
-from longclip_rt.files import directory_in_the_making, write_text_atomically
-from longclip_rt.pca import Pca, check_mode, load_pca, save_pca
-from longclip_rt.preprocess import ImageTransform
-from longclip_rt.self_check import IMAGES, TEXTS, write_self_check
-from longclip_rt.tokenizer import Tokenizer, pad_tokens
-from longclip_rt.towers import ImageTower, TextTower, towers_from_checkpoint
+from longclip_rt.export.tensorrt.head import head_checks, why_no_head, write_head, write_plugin_graphs
+from longclip_rt.model.preprocess import ImageTransform
+from longclip_rt.model.tokenizer import Tokenizer, pad_tokens
+from longclip_rt.model.towers import ImageTower, TextTower, towers_from_checkpoint
+from longclip_rt.model.vocabulary import tokenizer_json
+from longclip_rt.opening import availability, open_backend
+from longclip_rt.parity.gate import Check, Reference, Sample, reference_from_towers, verify_backend
+from longclip_rt.parity.self_check import IMAGES, TEXTS, write_self_check
+from longclip_rt.pca.basis import Pca, check_mode, load_pca, save_pca
+from longclip_rt.system.extras import require
+from longclip_rt.system.files import directory_in_the_making, write_text_atomically
+from longclip_rt.weights.checkpoint import Checkpoint, load_checkpoint
 
 logger = logging.getLogger("longclip_rt")
 

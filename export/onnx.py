@@ -14,8 +14,8 @@ import torch
 
 from longclip_rt.backends.base import INPUT_NAMES
 from longclip_rt.errors import ExportError
-from longclip_rt.extras import require
-from longclip_rt.towers import ImageTower, TextTower
+from longclip_rt.model.towers import ImageTower, TextTower
+from longclip_rt.system.extras import require
 
 OPSET = 23
 """The first with `Attention`, which runtimes map to their fused kernels."""

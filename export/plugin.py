@@ -15,11 +15,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from longclip_rt.backends.head_kernel import LARGEST_SHARED
 from longclip_rt.errors import EngineError, KernelError
-from longclip_rt.export.head_graph import PLUGIN_NAME, PLUGIN_NAMESPACE
-from longclip_rt.extras import require
-from longclip_rt.files import sha256_of_file, sha256_of_json
+from longclip_rt.export.tensorrt.head_graph import PLUGIN_NAME, PLUGIN_NAMESPACE
+from longclip_rt.system.extras import require
+from longclip_rt.system.files import sha256_of_file, sha256_of_json
+from longclip_rt.tensorrt.head import LARGEST_SHARED
 
 PLUGIN = f"{PLUGIN_NAMESPACE}::{PLUGIN_NAME}"
 """The name in TensorRT's registry."""

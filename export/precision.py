@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from longclip_rt.towers import Block, ImageTower, TextTower
+from longclip_rt.model.towers import Block, ImageTower, TextTower
 
 FP16_MAX = 65504.0
 """The largest finite number of IEEE half precision."""

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longclip_rt.backends.base import INPUT_NAMES, Backend, Float32
-from longclip_rt.bundle import Bundle
+from longclip_rt.bundle.bundle import Bundle
 from longclip_rt.errors import ExportError
-from longclip_rt.extras import require
+from longclip_rt.system.extras import require
 
 _FLOAT, _FLOAT16 = 1, 10  # onnx.TensorProto's
 

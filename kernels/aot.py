@@ -17,10 +17,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from longclip_rt.errors import KernelError
-from longclip_rt.files import directory_in_the_making
 from longclip_rt.kernels import pca_head, pca_project
 from longclip_rt.kernels.launch import KernelConfig, Step, interpreted
 from longclip_rt.kernels.roofline import GPUS
+from longclip_rt.system.files import directory_in_the_making
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 """Compute capabilities times ten: Ampere (data centre, desktop), Ada, Hopper, Blackwell (data centre, desktop)."""

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 from longclip_rt.version import __version__
 
 if TYPE_CHECKING:
-    from longclip_rt.bundle import load_bundle
-    from longclip_rt.embeddings import load_embeddings
+    from longclip_rt.bundle.bundle import load_bundle
     from longclip_rt.errors import (
         BackendError,
         BundleError,
@@ -25,7 +24,8 @@ if TYPE_CHECKING:
         TrainingError,
         WeightsError,
     )
-    from longclip_rt.positions import stretch_positions
+    from longclip_rt.formats.embeddings import load_embeddings
+    from longclip_rt.model.positions import stretch_positions
     from longclip_rt.runtime import Embedder
 
 __all__ = [
@@ -51,9 +51,9 @@ __all__ = [
 
 _MODULES = {
     "Embedder": "longclip_rt.runtime",
-    "load_bundle": "longclip_rt.bundle",
-    "load_embeddings": "longclip_rt.embeddings",
-    "stretch_positions": "longclip_rt.positions",
+    "load_bundle": "longclip_rt.bundle.bundle",
+    "load_embeddings": "longclip_rt.formats.embeddings",
+    "stretch_positions": "longclip_rt.model.positions",
 }
 
 

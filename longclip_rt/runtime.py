@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from longclip_rt.backends import Backend, open_backend
 from longclip_rt.backends.base import Float32
-from longclip_rt.batching import plan_batches
-from longclip_rt.bundle import TOKENIZER, Bundle, default_bundle, load_bundle
+from longclip_rt.backends.batching import plan_batches
+from longclip_rt.bundle.bundle import TOKENIZER, Bundle, default_bundle, load_bundle
 from longclip_rt.errors import InputError, PcaError
-from longclip_rt.pca import Pca, check_mode, load_pca
-from longclip_rt.preprocess import ImageTransform
-from longclip_rt.tokenizer import Tokenizer, pad_tokens
+from longclip_rt.model.preprocess import ImageTransform
+from longclip_rt.model.tokenizer import Tokenizer, pad_tokens
+from longclip_rt.opening import Backend, open_backend
+from longclip_rt.pca.basis import Pca, check_mode, load_pca
 
 if TYPE_CHECKING:
     from PIL import Image

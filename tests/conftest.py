@@ -18,7 +18,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     cache = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    monkeypatch.setattr("longclip_rt.bundle.BUILT_IN", cache / "no built-in model")
+    monkeypatch.setattr("longclip_rt.bundle.bundle.BUILT_IN", cache / "no built-in model")
     return cache
 
 
@@ -47,7 +47,7 @@ def pca_bundle(tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     import numpy as np
 
     from longclip_rt.export import exporter
-    from longclip_rt.pca import Basis, Pca, save_pca
+    from longclip_rt.pca.basis import Basis, Pca, save_pca
 
     folder = tmp_path_factory.mktemp("pca bundles")
     rng = np.random.default_rng(0)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from longclip_rt.embedding.outputs import OutputFiles, table_from_rows, write_output
+from longclip_rt.formats.outputs import OutputFiles, table_from_rows, write_output
 
 
 def correlated(rows: int, dim: int, seed: int = 0, rank: int = 6, noise: float = 0.02) -> NDArray[np.float64]:

@@ -10,10 +10,10 @@ from click import Context
 from click.testing import CliRunner
 
 from longclip_rt import __version__
-from longclip_rt.backends import BACKENDS, PRECISIONS
 from longclip_rt.cli import COMMANDS, longclip_rt, main
 from longclip_rt.commands import options
 from longclip_rt.commands.info import info
+from longclip_rt.opening import BACKENDS, PRECISIONS
 
 
 @pytest.mark.parametrize("name", COMMANDS)

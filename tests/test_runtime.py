@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 from longclip_rt import Embedder
-from longclip_rt.bundle import bundles_home
-from longclip_rt.checkpoint import load_checkpoint
+from longclip_rt.bundle.bundle import bundles_home
+from longclip_rt.bundle.samples import example_captions, example_photos
 from longclip_rt.errors import BundleError, InputError
-from longclip_rt.examples import example_captions, example_photos
-from longclip_rt.towers import towers_from_checkpoint
+from longclip_rt.model.towers import towers_from_checkpoint
+from longclip_rt.weights.checkpoint import load_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longclip_rt.architecture import VOCAB_SIZE, Architecture
-from longclip_rt.checkpoint import Checkpoint
+from longclip_rt.model.architecture import VOCAB_SIZE, Architecture
+from longclip_rt.weights.checkpoint import Checkpoint
 from longclip_rt.weights.random import random_state_dict
 
 # Two heads in one tower and one in the other; an MLP that is not four times as wide; 9 patches and a class token.

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from longclip_rt.architecture import Architecture
 from longclip_rt.errors import TrainingError
+from longclip_rt.model.architecture import Architecture
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 ObjectiveName = Literal["longclip", "long+short", "long", "clip"]
@@ -43,7 +43,7 @@ class TrainConfig:
     """A training run. The defaults are the reference's (Long-CLIP's repository, train/train.py) but for its epochs.
 
     Attributes:
-        data: The pairs; see `longclip_rt.train.data`.
+        data: The pairs; see `longclip_rt.train.data.training_data`.
         weights: What to begin with: anything `load_checkpoint` takes, or `scratch`.
         architecture: The shape of a model that begins with `scratch`.
         val: Pairs to validate on; None takes the first rows of `data`.

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from longclip_rt.errors import TrainingError
-from longclip_rt.train.checkpoints import TrainState, save_checkpoint
 from longclip_rt.train.config import TrainConfig
-from longclip_rt.train.data import Batch
+from longclip_rt.train.data.training_data import Batch
 from longclip_rt.train.distributed import Processes, processes
 from longclip_rt.train.evaluate import retrieval
-from longclip_rt.train.folder import claim_folder, note_config, only_run
 from longclip_rt.train.loss import Objective
 from longclip_rt.train.model import TrainableClip
-from longclip_rt.train.report import RunLog, TrainProgress
-from longclip_rt.train.results import WEIGHTS, finished_figures, load_bad_rows, save_bad_rows, save_results
+from longclip_rt.train.run.checkpoints import TrainState, save_checkpoint
+from longclip_rt.train.run.folder import claim_folder, note_config, only_run
+from longclip_rt.train.run.report import RunLog, TrainProgress
+from longclip_rt.train.run.results import WEIGHTS, finished_figures, load_bad_rows, save_bad_rows, save_results
 from longclip_rt.train.setup import announce, open_training_data, precision_of, starting_weights
 from longclip_rt.train.step import backward
 

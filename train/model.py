@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from longclip_rt.architecture import CLIP_CONTEXT_LENGTH, LONG_CONTEXT_LENGTH, Architecture
 from longclip_rt.errors import WeightsError
-from longclip_rt.positions import KEPT_ROWS, stretch_positions
-from longclip_rt.towers import Block, ImageTower, Pick, TextTower, open_clip_model
+from longclip_rt.model.architecture import CLIP_CONTEXT_LENGTH, LONG_CONTEXT_LENGTH, Architecture
+from longclip_rt.model.positions import KEPT_ROWS, stretch_positions
+from longclip_rt.model.towers import Block, ImageTower, Pick, TextTower, open_clip_model
 from longclip_rt.weights.naming import SECOND_TABLE
 
 Stretch = Literal["kps", "interpolate", "none"]

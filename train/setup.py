@@ -9,17 +9,17 @@ from pathlib import Path
 
 import torch
 
-from longclip_rt.architecture import CLIP_CONTEXT_LENGTH, LONG_CONTEXT_LENGTH, Architecture
-from longclip_rt.checkpoint import Checkpoint, load_checkpoint
 from longclip_rt.errors import TrainingError
-from longclip_rt.machine import cpu_features
-from longclip_rt.preprocess import ImageTransform
-from longclip_rt.tokenizer import Tokenizer
+from longclip_rt.model.architecture import CLIP_CONTEXT_LENGTH, LONG_CONTEXT_LENGTH, Architecture
+from longclip_rt.model.preprocess import ImageTransform
+from longclip_rt.model.tokenizer import Tokenizer
+from longclip_rt.system.machine import cpu_features
 from longclip_rt.train.config import SCRATCH, TrainConfig
-from longclip_rt.train.data import DataOptions, TrainingData, open_data
+from longclip_rt.train.data.training_data import DataOptions, TrainingData, open_data
 from longclip_rt.train.distributed import Processes
 from longclip_rt.train.loss import pcm_is_identity
 from longclip_rt.train.model import TrainableClip
+from longclip_rt.weights.checkpoint import Checkpoint, load_checkpoint
 from longclip_rt.weights.random import random_state_dict, sha256_of_tensors
 
 logger = logging.getLogger("longclip_rt")
@@ -70,7 +70,7 @@ def open_training_data(
     Raises:
         TrainingError: They cannot be used.
     """
-    from longclip_rt.export.vocabulary import tokenizer_json
+    from longclip_rt.model.vocabulary import tokenizer_json
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "tokenizer.json"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longclip_rt.train.data import Batch
+from longclip_rt.train.data.training_data import Batch
 from longclip_rt.train.distributed import Processes
 from longclip_rt.train.loss import Objective, branch_losses
 from longclip_rt.train.model import TrainableClip

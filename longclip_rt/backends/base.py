@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from longclip_rt.bundle import Bundle
+from longclip_rt.bundle.bundle import Bundle
 from longclip_rt.errors import BackendError
 
 Float32 = NDArray[np.float32]

@@ -22,10 +22,10 @@ from longclip_rt.backends.providers import (
     largest_batch,
     provider_settings,
 )
-from longclip_rt.bundle import Bundle, bundles_home
+from longclip_rt.bundle.bundle import Bundle, bundles_home
 from longclip_rt.errors import BackendError, LongClipError, OutputError
-from longclip_rt.extras import require
-from longclip_rt.files import output_errors
+from longclip_rt.system.extras import require
+from longclip_rt.system.files import output_errors
 
 PRECISIONS = ("fp32", "fp16")
 
@@ -166,7 +166,7 @@ class OnnxRuntimeTensorrtBackend(OnnxRuntimeCudaBackend):
 
     def _graph(self, tower: str) -> bytes:
         """Without what TensorRT's parser refuses: the graph would be cut there, and its parts have no profiles."""
-        from longclip_rt.export.engine_network import drop_softmax_precision
+        from longclip_rt.export.tensorrt.network import drop_softmax_precision
 
         model = require("onnx", "tensorrt").load(str(self._graphs[tower]))
         drop_softmax_precision(model)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longclip_rt.backends.base import INPUT_NAMES, Backend, Float32
-from longclip_rt.bundle import Bundle
+from longclip_rt.bundle.bundle import Bundle
 from longclip_rt.errors import BackendError
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longclip_rt.backends.base import Backend, Float32
-from longclip_rt.bundle import Bundle
+from longclip_rt.bundle.bundle import Bundle
 from longclip_rt.errors import BackendError, LongClipError
-from longclip_rt.extras import require
+from longclip_rt.system.extras import require
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -24,8 +24,8 @@ class TorchBackend(Backend):
     def __init__(self, bundle: Bundle, precision: str) -> None:
         super().__init__(bundle, precision)
         self._torch: Any = require("torch", "export")
-        from longclip_rt.checkpoint import load_checkpoint
-        from longclip_rt.towers import towers_from_checkpoint
+        from longclip_rt.model.towers import towers_from_checkpoint
+        from longclip_rt.weights.checkpoint import load_checkpoint
 
         source = bundle.manifest["source"]
         try:

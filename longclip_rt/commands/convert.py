@@ -39,8 +39,8 @@ def convert(
       longclip-rt convert zer0int/LongCLIP-L-Diffusers --to longclip --out longclip-L.safetensors
       longclip-rt convert open_clip:ViT-L-14/openai --to open_clip --out clip-l-248
     """
-    from longclip_rt.checkpoint import load_checkpoint
-    from longclip_rt.convert import save_converted
+    from longclip_rt.weights.checkpoint import load_checkpoint
+    from longclip_rt.weights.convert import save_converted
 
     checkpoint = load_checkpoint(weights, activation=activation)
     for note in checkpoint.notes:

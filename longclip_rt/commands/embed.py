@@ -179,8 +179,8 @@ def embed(
         settings = EmbedOptions(**options)
         # A slip in a name should show before a model is loaded.
         plan_embedding(files, output, settings)
-        from longclip_rt.closing import closed_after
         from longclip_rt.runtime import Embedder
+        from longclip_rt.system.closing import closed_after
 
         opened = Embedder.from_bundle(bundle, backend, precision, pca, pca_mode, devices)
         with closed_after(opened) as embedder, _Bar(quiet) as bar:

@@ -60,8 +60,8 @@ def build(
       longclip-rt engine build longclip-b --missing --text-buckets 77,248 --batches 1,64
       longclip-rt engine build longclip-b --engine tensorrt-rtx --arch sm89 --arch sm120
     """
-    from longclip_rt.bundle import load_bundle
-    from longclip_rt.export.engine import EngineOptions, choose_builders
+    from longclip_rt.bundle.bundle import load_bundle
+    from longclip_rt.export.tensorrt.build import EngineOptions, choose_builders
 
     opened = load_bundle(bundle)
     builders = choose_builders(name, archs)
@@ -80,8 +80,8 @@ def list_command(bundle: Path, as_json: bool) -> None:
       longclip-rt engine list longclip-b
       longclip-rt engine list longclip-b --json
     """
-    from longclip_rt.bundle import load_bundle
-    from longclip_rt.engines import engines_of, why_not_here
+    from longclip_rt.bundle.bundle import load_bundle
+    from longclip_rt.tensorrt.engines import engines_of, why_not_here
 
     opened = load_bundle(bundle)
     engines, wrong = engines_of(opened)
@@ -130,7 +130,7 @@ def verify(bundle: Path, backend: str, precision: str, devices: tuple[int, ...] 
       longclip-rt engine verify longclip-b --backend onnxruntime-cuda --precision fp16 --devices 1
     """
     from longclip_rt.errors import BackendError
-    from longclip_rt.export.gate import device_checks
+    from longclip_rt.export.device_gate import device_checks
 
     checks = device_checks(bundle, backend, precision, devices)
     if as_json:

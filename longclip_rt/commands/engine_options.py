@@ -12,12 +12,12 @@ import click
 from click.core import ParameterSource
 
 if TYPE_CHECKING:
-    from longclip_rt.bundle import Bundle
-    from longclip_rt.export.engine import Builders, BuiltEngine, EngineOptions
+    from longclip_rt.bundle.bundle import Bundle
+    from longclip_rt.export.tensorrt.build import Builders, BuiltEngine, EngineOptions
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# As in `longclip_rt.engines` and `longclip_rt.export.engine`; tests compare them.
+# As in `longclip_rt.tensorrt.engines` and `longclip_rt.export.tensorrt.build`; tests compare them.
 ENGINES = ("auto", "tensorrt", "tensorrt-rtx")
 TEXT_BUCKETS = (32, 77, 128, 248)
 BATCHES = (1, 32, 256)
@@ -118,7 +118,7 @@ def built_with_a_bar(
     """Builds with a bar on stderr, prints each engine's summary there as soon as it is built, and calls `ready`."""
     from tqdm import tqdm
 
-    from longclip_rt.export.engine import WITH_PLUGINS, build_engines, has_plugin_graphs, without_effect
+    from longclip_rt.export.tensorrt.build import WITH_PLUGINS, build_engines, has_plugin_graphs, without_effect
 
     for sentence in without_effect(options, builders.backend, bundle.architecture.context_length):
         click.echo(sentence, err=True)
@@ -148,7 +148,7 @@ def built_with_a_bar(
 
 def summary(result: BuiltEngine) -> list[str]:
     """What was built: attention, precision, size, time, memory per profile, and layers by type and precision."""
-    from longclip_rt.backends.head_kernel import HEADS
+    from longclip_rt.tensorrt.head import HEADS
 
     engine = result.engine
     if not result.built:

@@ -11,9 +11,9 @@ from longclip_rt.commands.engine_options import ENGINES, build_command, builds_e
 from longclip_rt.commands.options import PCA_MODES
 
 if TYPE_CHECKING:
-    from longclip_rt.export.engine import Builders
     from longclip_rt.export.exporter import ParityReport
-    from longclip_rt.export.verify import Check
+    from longclip_rt.export.tensorrt.build import Builders
+    from longclip_rt.parity.gate import Check
 
 FP16_MAX = 65504.0
 DEFAULT_WEIGHTS = "BeichenZhang/LongCLIP-B"
@@ -89,7 +89,7 @@ def export(
       longclip-rt export --fp16 --engine tensorrt-rtx --arch sm89 --text-buckets 77,248
       longclip-rt export --weights random:ViT-B-16        # untrained, to try things out
     """
-    from longclip_rt.extras import require
+    from longclip_rt.system.extras import require
 
     require("torch", "export")
     from tqdm import tqdm
@@ -122,7 +122,7 @@ def export(
     click.echo(str(bundle.path))  # before anything else can go wrong
     later = build_command(bundle.path, engine, archs, text_buckets, batches, optimization_level)
     if builders is not None:
-        from longclip_rt.export.engine import EngineOptions
+        from longclip_rt.export.tensorrt.build import EngineOptions
 
         whole = f"The bundle {bundle.path} is whole, without that engine; try again: {later} --missing"
         try:
@@ -149,7 +149,7 @@ def _builders(engine: str, archs: tuple[int, ...] | str, fp16: bool, given: list
             return None, ""
         named = " and ".join(["--engine", *given] if engine != "auto" else given)
         raise ExportError(f"Engines are built from the fp16 graphs. Add --fp16, or leave {named} out.")
-    from longclip_rt.export.engine import choose_builders
+    from longclip_rt.export.tensorrt.build import choose_builders
 
     try:
         return choose_builders(engine, archs), ""

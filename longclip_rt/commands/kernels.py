@@ -69,8 +69,8 @@ def compile_command(architectures: tuple[int, ...], out: Path, rows: int, width:
       longclip-rt kernels compile --rows 4096 --width 1024 --dim 768 -k 128
     """
     from longclip_rt.errors import KernelError
-    from longclip_rt.extras import require
-    from longclip_rt.files import directory_in_the_making
+    from longclip_rt.system.extras import require
+    from longclip_rt.system.files import directory_in_the_making
 
     require("triton", "export")
     if out.exists():

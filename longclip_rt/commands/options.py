@@ -9,7 +9,7 @@ import click
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# As in `longclip_rt.backends` and `longclip_rt.pca`, which are too heavy to import for a help text; tests compare them.
+# As in `longclip_rt.opening` and `longclip_rt.pca.basis`, which are too heavy for a help text; tests compare them.
 BACKENDS = (
     "auto", "tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime-tensorrt", "openvino", "onnxruntime", "torch",
 )  # fmt: skip

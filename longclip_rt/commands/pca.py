@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from longclip_rt.pca_fit import FitReport
-    from longclip_rt.retention import Retention
+    from longclip_rt.pca.fit import FitReport
+    from longclip_rt.pca.retention import Retention
 
 _PLOTS = (".png", ".svg", ".pdf")
 
@@ -99,17 +99,17 @@ def fit(
       longclip-rt pca fit files.parquet -k 64 -o pca.safetensors --plot pca.png
       longclip-rt pca fit images.parquet captions.parquet --pairs rows -k 128
     """
-    from longclip_rt.extras import require
+    from longclip_rt.system.extras import require
 
     if plot is not None:
         require("matplotlib.figure", "plot")
-    from longclip_rt.pca import save_pca
-    from longclip_rt.pca_fit import FitOptions, fit_pca
+    from longclip_rt.pca.basis import save_pca
+    from longclip_rt.pca.fit import FitOptions, fit_pca
 
     report = fit_pca(embeddings, FitOptions(k, fit, pairs, held_out))
     click.echo(_table(report), err=k is not None)
     if plot is not None:
-        from longclip_rt.pca_plot import plot_fit
+        from longclip_rt.pca.plot import plot_fit
 
         plot_fit(report, plot)
         click.echo(f"Wrote {plot}.", err=True)

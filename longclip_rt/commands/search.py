@@ -14,7 +14,7 @@ import click
 from longclip_rt.commands.options import runs_the_model
 
 if TYPE_CHECKING:
-    from longclip_rt.search import Answer, Kind
+    from longclip_rt.search.nearest import Answer, Kind
 
 _LEAST_ID_WIDTH = 20
 
@@ -86,7 +86,7 @@ def search(
       longclip-rt search files.parquet photo.jpg -k 3 --json
       longclip-rt search short.parquet "an espresso" --pca pca.safetensors
     """
-    from longclip_rt.search import search_query
+    from longclip_rt.search.nearest import search_query
 
     answer = search_query(
         embeddings,
@@ -107,7 +107,7 @@ def search(
     elif answer.hits:
         click.echo(_table(answer))
     if html is not None:
-        from longclip_rt.gallery import save_gallery
+        from longclip_rt.search.gallery import save_gallery
 
         save_gallery(answer, html)
         click.echo(f"Wrote {html}.", err=True)

@@ -96,7 +96,7 @@ def train(preset: str, data: str, out: Path, resume: bool, device: str, quiet: b
       longclip-rt train --preset tiny --data 'scenes:20000?captions=prefix' --out run --device cpu  # a CPU
       longclip-rt train --data pairs.jsonl --out run --steps 100 --batch-size 64 --resume
     """
-    from longclip_rt.extras import require
+    from longclip_rt.system.extras import require
 
     for module in ("torch", "open_clip", "matplotlib"):
         require(module, "train")

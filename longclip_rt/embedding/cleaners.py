@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import longclip_rt
-from longclip_rt.cleaning import needs_repair, repair_text
 from longclip_rt.embedding import cleaning_process
 from longclip_rt.embedding.cleaning_process import CLEANED, GREETING, receive, send
 from longclip_rt.errors import InputError
+from longclip_rt.model.cleaning import needs_repair, repair_text
 
 logger = logging.getLogger("longclip_rt")
 

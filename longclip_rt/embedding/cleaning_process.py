@@ -14,8 +14,8 @@ import sys
 from collections.abc import Sequence
 from typing import IO
 
-from longclip_rt.cleaning import repair_text
 from longclip_rt.errors import InputError
+from longclip_rt.model.cleaning import repair_text
 
 # Tells the parent that what follows are answers, and not what something printed while Python started.
 GREETING = b"longclip-rt cleans texts\n"

@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from longclip_rt.batching import plan_batches
+from longclip_rt.backends.batching import plan_batches
 from longclip_rt.embedding.cleaners import Cleaners
-from longclip_rt.embedding.entries import Entry
+from longclip_rt.embedding.inputs.entries import Entry
 from longclip_rt.embedding.tasks import Encoder, crop, encode_images, encode_texts, tokenize
 from longclip_rt.errors import BackendError, InputError
 
 if TYPE_CHECKING:
-    from longclip_rt.tokenizer import Tokens
+    from longclip_rt.model.tokenizer import Tokens
 
 # Texts of one worker's task: enough to make the task's own cost small, few enough to spread a shard over the workers.
 TEXTS_PER_TASK = 64

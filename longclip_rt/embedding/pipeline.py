@@ -10,15 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from longclip_rt.embedding.entries import Entry, EntryDigest, Tally
 from longclip_rt.embedding.flow import EmbeddedShard, Flow, FlowOptions
-from longclip_rt.embedding.inputs import Inputs, InputSummary, Source, scan, sources_from_arguments, spool_streams
-from longclip_rt.embedding.outputs import DTYPES, OutputFiles, table_from_rows
+from longclip_rt.embedding.inputs.entries import Entry, EntryDigest, Tally
+from longclip_rt.embedding.inputs.sources import (
+    Inputs,
+    InputSummary,
+    Source,
+    scan,
+    sources_from_arguments,
+    spool_streams,
+)
 from longclip_rt.embedding.resume import fingerprint_of, take_up
-from longclip_rt.embedding.shards import Totals, Workspace
 from longclip_rt.embedding.tasks import Encoder
+from longclip_rt.embedding.workspace import Totals, Workspace
 from longclip_rt.errors import InputError, OutputError
-from longclip_rt.files import output_errors
+from longclip_rt.formats.outputs import DTYPES, OutputFiles, table_from_rows
+from longclip_rt.system.files import output_errors
 from longclip_rt.version import __version__
 
 # Inputs whose ids are whole texts of up to 1 MiB each must not fill the memory 2,048 at a time.

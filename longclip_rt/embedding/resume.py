@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from longclip_rt.embedding.outputs import FORMATS, PREFIX, OutputFiles, read_metadata
-from longclip_rt.embedding.shards import Totals, Workspace
+from longclip_rt.embedding.workspace import Totals, Workspace
 from longclip_rt.errors import OutputError, ResumeError
-from longclip_rt.files import sha256_of_json
+from longclip_rt.formats.outputs import FORMATS, PREFIX, OutputFiles, read_metadata
+from longclip_rt.system.files import sha256_of_json
 
 
 def fingerprint_of(state: Mapping[str, str]) -> str:

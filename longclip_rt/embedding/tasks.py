@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 
-from longclip_rt.embedding.content import locate, read_text
-from longclip_rt.embedding.entries import Entry
+from longclip_rt.embedding.inputs.content import locate, read_text
+from longclip_rt.embedding.inputs.entries import Entry
 from longclip_rt.errors import InputError
-from longclip_rt.tokenizer import pad_tokens
+from longclip_rt.model.tokenizer import pad_tokens
 
 if TYPE_CHECKING:
     from longclip_rt.embedding.cleaners import Cleaners
-    from longclip_rt.preprocess import ImageTransform
-    from longclip_rt.tokenizer import Tokenizer, Tokens
+    from longclip_rt.model.preprocess import ImageTransform
+    from longclip_rt.model.tokenizer import Tokenizer, Tokens
 
 _Result = TypeVar("_Result")
 

@@ -1,1 +1,1 @@
-"""What `longclip_rt.checkpoint` is made of: where weights come from, what their tensors are called, what is refused."""
+"""Any weights in: where they come from, what their tensors are called, what is refused; and out again."""

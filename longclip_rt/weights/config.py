@@ -10,8 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longclip_rt.architecture import CLIP_CONTEXT_LENGTH, CLIP_MEAN, CLIP_STD, HEAD_WIDTH, VOCAB_SIZE, Architecture
 from longclip_rt.errors import WeightsError
+from longclip_rt.model.architecture import (
+    CLIP_CONTEXT_LENGTH,
+    CLIP_MEAN,
+    CLIP_STD,
+    HEAD_WIDTH,
+    VOCAB_SIZE,
+    Architecture,
+)
 
 _log = logging.getLogger("longclip_rt")
 

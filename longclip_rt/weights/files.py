@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longclip_rt.architecture import few
 from longclip_rt.errors import WeightsError
-from longclip_rt.extras import require
-from longclip_rt.files import sha256_of_file
+from longclip_rt.model.architecture import few
+from longclip_rt.system.extras import require
+from longclip_rt.system.files import sha256_of_file
 
 # What is taken where a folder or repository holds several files of weights, in this order. open_clip's come first: in
 # timm's repositories they are the whole CLIP, and model.safetensors is the image tower alone.

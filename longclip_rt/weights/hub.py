@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from longclip_rt.errors import WeightsError
-from longclip_rt.extras import require
+from longclip_rt.system.extras import require
 from longclip_rt.weights.config import CONFIG_FILES
 from longclip_rt.weights.files import choose_weights, split_parts
 

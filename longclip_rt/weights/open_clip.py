@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longclip_rt.errors import WeightsError
-from longclip_rt.extras import require
-from longclip_rt.files import sha256_of_file
+from longclip_rt.system.extras import require
+from longclip_rt.system.files import sha256_of_file
 from longclip_rt.weights.config import ModelConfig, architecture_from_open_clip, with_preprocessing
 from longclip_rt.weights.hub import download_weights, parse_hub_id
 

@@ -6,7 +6,7 @@ import hashlib
 import math
 from typing import TYPE_CHECKING
 
-from longclip_rt.architecture import Architecture
+from longclip_rt.model.architecture import Architecture
 
 if TYPE_CHECKING:
     from torch import Tensor

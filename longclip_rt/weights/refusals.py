@@ -6,8 +6,8 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from longclip_rt.architecture import few
 from longclip_rt.errors import WeightsError
+from longclip_rt.model.architecture import few
 
 
 @dataclass(frozen=True)

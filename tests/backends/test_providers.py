@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from tiny_models import TINY, token_ids
 
-from longclip_rt.backends import open_backend
 from longclip_rt.backends.onnxruntime import (
     OnnxRuntimeBackend,
     OnnxRuntimeCudaBackend,
@@ -26,8 +25,9 @@ from longclip_rt.backends.providers import (
     provider_settings,
     unavailable,
 )
-from longclip_rt.bundle import load_bundle
+from longclip_rt.bundle.bundle import load_bundle
 from longclip_rt.errors import BackendError
+from longclip_rt.opening import open_backend
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt"])

@@ -18,11 +18,11 @@ from embed_case import Stop, embed
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longclip_rt.cleaning import needs_repair, repair_text
 from longclip_rt.embedding import cleaners, flow
 from longclip_rt.embedding.cleaners import Cleaners
 from longclip_rt.embedding.cleaning_process import receive, send
 from longclip_rt.errors import InputError
+from longclip_rt.model.cleaning import needs_repair, repair_text
 
 REFUSED = "&#" + "1" * 5000 + ";"
 AWKWARD = [

@@ -10,8 +10,8 @@ from click.testing import CliRunner, Result
 from fake_embedder import FakeEmbedder
 
 from longclip_rt.commands.embed import embed
-from longclip_rt.embedding.outputs import load_embeddings
 from longclip_rt.errors import InputError, OutputError
+from longclip_rt.formats.outputs import load_embeddings
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ import pytest
 from fake_embedder import FakeEmbedder
 from PIL import Image
 
-from longclip_rt.embedding.entries import Entry
 from longclip_rt.embedding.flow import Flow, FlowOptions
+from longclip_rt.embedding.inputs.entries import Entry
 
 
 @pytest.fixture(autouse=True)

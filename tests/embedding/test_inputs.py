@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longclip_rt.embedding.content import locate, read_text
-from longclip_rt.embedding.entries import MAX_TEXT_BYTES, Entry, lines_from_stream
-from longclip_rt.embedding.inputs import Inputs, Tally, scan, sources_from_arguments, spool_streams
+from longclip_rt.embedding.inputs.content import locate, read_text
+from longclip_rt.embedding.inputs.entries import MAX_TEXT_BYTES, Entry, lines_from_stream
+from longclip_rt.embedding.inputs.sources import Inputs, Tally, scan, sources_from_arguments, spool_streams
 from longclip_rt.errors import InputError
 
 

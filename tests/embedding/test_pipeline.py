@@ -9,10 +9,10 @@ from embed_case import Stop, embed, make_inputs, rejects
 from fake_embedder import FakeEmbedder
 from PIL import Image
 
-from longclip_rt.embedding.entries import Entry
-from longclip_rt.embedding.outputs import load_embeddings
+from longclip_rt.embedding.inputs.entries import Entry
 from longclip_rt.embedding.pipeline import EmbedOptions, plan_embedding, shards_from_entries
 from longclip_rt.errors import BackendError, InputError, OutputError
+from longclip_rt.formats.outputs import load_embeddings
 
 
 @pytest.fixture(autouse=True)

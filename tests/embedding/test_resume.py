@@ -13,9 +13,9 @@ import pytest
 from embed_case import Stop, embed, make_inputs
 from fake_embedder import FakeEmbedder
 
-from longclip_rt.embedding.outputs import OutputFiles, load_embeddings
-from longclip_rt.embedding.shards import Workspace
+from longclip_rt.embedding.workspace import Workspace
 from longclip_rt.errors import InputError, OutputError, ResumeError
+from longclip_rt.formats.outputs import OutputFiles, load_embeddings
 
 
 @pytest.fixture(autouse=True)

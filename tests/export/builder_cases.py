@@ -14,12 +14,15 @@ from typing import Any
 import pytest
 from imitated_builder import Imitated, Library, World, network_of, overrides_like
 
-from longclip_rt.bundle import BUILT_IN, Bundle, load_bundle
-from longclip_rt.engines import Target, engines_of, find_engine
+from longclip_rt.bundle.bundle import BUILT_IN, Bundle, load_bundle
 from longclip_rt.errors import EngineError
-from longclip_rt.export import engine, engine_builders, engine_network, engine_plan
-from longclip_rt.export.engine import EngineOptions, build_engines, choose_builders
-from longclip_rt.machine import CudaDevice
+from longclip_rt.export.tensorrt import build as engine
+from longclip_rt.export.tensorrt import builders as engine_builders
+from longclip_rt.export.tensorrt import network as engine_network
+from longclip_rt.export.tensorrt import plan as engine_plan
+from longclip_rt.export.tensorrt.build import EngineOptions, build_engines, choose_builders
+from longclip_rt.system.machine import CudaDevice
+from longclip_rt.tensorrt.engines import Target, engines_of, find_engine
 
 BACKEND = os.environ["IMITATED_BACKEND"]
 REAL: Any = importlib.import_module({"tensorrt": "tensorrt_bindings"}.get(BACKEND, "tensorrt_rtx"))

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from longclip_rt.export.engine_network import network_from_graph
-from longclip_rt.export.engine_progress import BuildLog, logger_for
+from longclip_rt.export.tensorrt.network import network_from_graph
+from longclip_rt.export.tensorrt.progress import BuildLog, logger_for
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not to be had for this system")
 

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from longclip_rt.bundle import BUILT_IN, Bundle, load_bundle
+from longclip_rt.bundle.bundle import BUILT_IN, Bundle, load_bundle
 from longclip_rt.cli import longclip_rt
-from longclip_rt.engines import Target, engines_of, find_engine, graph_hashes
 from longclip_rt.errors import BundleError, EngineError, MissingExtraError
-from longclip_rt.export.engine import EVERY, EngineOptions, build_engines, choose_builders, without_effect
-from longclip_rt.export.engine_plan import PlanRequest, build_plan
-from longclip_rt.machine import CudaDevice
+from longclip_rt.export.tensorrt.build import EVERY, EngineOptions, build_engines, choose_builders, without_effect
+from longclip_rt.export.tensorrt.plan import PlanRequest, build_plan
+from longclip_rt.system.machine import CudaDevice
+from longclip_rt.tensorrt.engines import Target, engines_of, find_engine, graph_hashes
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not to be had for this system")
 
@@ -87,17 +87,17 @@ def test_list_names_each_and_why_it_is_not_for_this_machine(
     engines: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, _ = engines
-    monkeypatch.setattr("longclip_rt.engines.cuda_devices", lambda: [])
+    monkeypatch.setattr("longclip_rt.tensorrt.engines.cuda_devices", lambda: [])
     text = run("engine", "list", path).stdout
     assert text.count("not usable here: there is no NVIDIA GPU with a driver here") == len(offered())
-    monkeypatch.setattr("longclip_rt.engines.cuda_devices", lambda: [CudaDevice("RTX 4090", 89, 24 << 30)])
+    monkeypatch.setattr("longclip_rt.tensorrt.engines.cuda_devices", lambda: [CudaDevice("RTX 4090", 89, 24 << 30)])
     rows = json.loads(run("engine", "list", path, "--json").stdout)
     assert [row["archs"] for row in rows if row["usable"]] == [[89]]
     reasons = {row["reason"] for row in rows if row["archs"] == [120]}
     assert reasons == {"it was built for sm_120, and this GPU is sm_89"}
     text = run("engine", "list", path).stdout
     assert f"tensorrt-rtx {trt.__version__}, any card of sm_89, fp16; texts of 32, 248 tokens, batches up to 8" in text
-    monkeypatch.setattr("longclip_rt.engines.cuda_devices", lambda: [CudaDevice("RTX 4090", 89, 1 << 20)])
+    monkeypatch.setattr("longclip_rt.tensorrt.engines.cuda_devices", lambda: [CudaDevice("RTX 4090", 89, 1 << 20)])
     assert "MiB of GPU memory, and this GPU has 1 MiB" in run("engine", "list", path).stdout
 
 
@@ -168,7 +168,7 @@ def test_what_was_built_before_ctrl_c_is_named(bundle: Bundle, monkeypatch: pyte
             raise KeyboardInterrupt
         return build_plan(request, *others)
 
-    monkeypatch.setattr("longclip_rt.export.engine.build_plan", build)
+    monkeypatch.setattr("longclip_rt.export.tensorrt.build.build_plan", build)
     result = run("engine", "build", bundle.path, "--arch", "sm80,sm86,sm89", *SMALL_ARGUMENTS)
     (made,) = engines_of(bundle)[0]
     assert result.exit_code == 1 and result.stdout == f"{made.path}\n" and archs == [80, 80, 86]
@@ -248,7 +248,7 @@ def test_ctrl_c_within_the_librarys_own_code_does_no_harm(bundle: Bundle) -> Non
     script = (
         "import os, signal, sys\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from longclip_rt.export.engine_progress import BuildLog\n"
+        "from longclip_rt.export.tensorrt.progress import BuildLog\n"
         "from longclip_rt.cli import main\n"
         "noted, count = BuildLog.note, [0]\n"
         "def note(log, message, is_error):\n"

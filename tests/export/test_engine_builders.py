@@ -8,15 +8,15 @@ from types import SimpleNamespace
 import pytest
 
 from longclip_rt.errors import EngineError
-from longclip_rt.export.engine import EVERY, choose_builders
-from longclip_rt.machine import CudaDevice
+from longclip_rt.export.tensorrt.build import EVERY, choose_builders
+from longclip_rt.system.machine import CudaDevice
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not to be had for this system")
 
 
 def test_what_cannot_be_built_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    monkeypatch.setattr("longclip_rt.export.engine_builders.cuda_devices", lambda: [])
+    monkeypatch.setattr("longclip_rt.export.tensorrt.builders.cuda_devices", lambda: [])
     with pytest.raises(EngineError, match=r"tensorrt: .*be imported.*pip install tensorrt\. tensorrt-rtx: .*--arch"):
         choose_builders()
     with pytest.raises(EngineError, match=r"does not build for sm_90; it builds for sm75, .*sm121"):
@@ -30,7 +30,7 @@ def test_what_cannot_be_built_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_card_that_is_here_is_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "longclip_rt.export.engine_builders.cuda_devices", lambda: [CudaDevice("RTX 4090", 89, 24 << 30)]
+        "longclip_rt.export.tensorrt.builders.cuda_devices", lambda: [CudaDevice("RTX 4090", 89, 24 << 30)]
     )
     chosen = choose_builders("tensorrt-rtx")
     assert (chosen.archs, chosen.here, chosen.gpu) == ((89,), (89,), "")
@@ -41,7 +41,7 @@ def test_every_card_that_is_here_is_built_for(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     cards = [CudaDevice(f"card {arch}", arch, 24 << 30) for arch in (86, 89, 89)]
-    monkeypatch.setattr("longclip_rt.export.engine_builders.cuda_devices", lambda: cards)
+    monkeypatch.setattr("longclip_rt.export.tensorrt.builders.cuda_devices", lambda: cards)
     chosen = choose_builders("tensorrt-rtx")
     assert (chosen.archs, chosen.here) == ((86, 89), (86,))  # plans are tried on the first card alone
     cards[1] = CudaDevice("H100", 90, 80 << 30)
@@ -56,7 +56,7 @@ def test_every_card_that_is_here_is_built_for(
 def test_all_architectures_are_not_one_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """TensorRT builds for the card that is here alone."""
     cards = [CudaDevice("RTX 4090", 89, 24 << 30)]
-    monkeypatch.setattr("longclip_rt.export.engine_builders.cuda_devices", lambda: cards)
+    monkeypatch.setattr("longclip_rt.export.tensorrt.builders.cuda_devices", lambda: cards)
     library = SimpleNamespace(__version__="11.4", __name__="tensorrt", Builder=1)
     monkeypatch.setitem(sys.modules, "tensorrt", library)
     assert choose_builders().backend == "tensorrt" and choose_builders("tensorrt", EVERY).archs == (89,)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from longclip_rt.errors import OutputError
-from longclip_rt.export.engine_folder import engine_in_the_making
+from longclip_rt.export.tensorrt.folder import engine_in_the_making
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_links_are_removed_and_not_what_they_lead_to(target: Path, tmp_path: Pat
 def test_a_second_build_of_the_same_engine_ends_with_a_sentence(target: Path) -> None:
     script = (
         "import sys\nfrom pathlib import Path\n"
-        "from longclip_rt.export.engine_folder import engine_in_the_making\n"
+        "from longclip_rt.export.tensorrt.folder import engine_in_the_making\n"
         "with engine_in_the_making(Path(sys.argv[1])) as folder:\n"
         "    (folder / 'text.plan').write_text('first')\n"
         "    print('building', flush=True)\n"

@@ -14,7 +14,14 @@ import pytest
 from click.testing import CliRunner, Result
 from rtx_network import parsed
 
-from longclip_rt.backends.head_kernel import (
+from longclip_rt.bundle.bundle import BUILT_IN, load_bundle
+from longclip_rt.cli import longclip_rt
+from longclip_rt.errors import BackendError, BundleError, EngineError, ExportError
+from longclip_rt.export.exporter import ARCHITECTURES
+from longclip_rt.export.tensorrt.build import head_for
+from longclip_rt.export.tensorrt.network import network_facts, tensorrt_graph
+from longclip_rt.tensorrt.engines import engines_of
+from longclip_rt.tensorrt.head import (
     HEAD_KERNEL,
     HEAD_OPERATORS,
     HEAD_PLUGIN,
@@ -23,13 +30,6 @@ from longclip_rt.backends.head_kernel import (
     plugin_graph_name,
     states_name,
 )
-from longclip_rt.bundle import BUILT_IN, load_bundle
-from longclip_rt.cli import longclip_rt
-from longclip_rt.engines import engines_of
-from longclip_rt.errors import BackendError, BundleError, EngineError, ExportError
-from longclip_rt.export.engine import head_for
-from longclip_rt.export.engine_network import network_facts, tensorrt_graph
-from longclip_rt.export.exporter import ARCHITECTURES
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not to be had for this system")
 MODEL = BUILT_IN
@@ -145,7 +145,7 @@ PARSED = """
 import json, sys
 import numpy as np
 import tensorrt_rtx as trt
-from longclip_rt.export.engine_network import tensorrt_graph
+from longclip_rt.export.tensorrt.network import tensorrt_graph
 from pathlib import Path
 
 seen = {}

@@ -8,11 +8,11 @@ import pytest
 from rtx_network import parsed
 from tiny_models import tiny_checkpoint
 
-from longclip_rt.bundle import BUILT_IN, Bundle, load_bundle
+from longclip_rt.bundle.bundle import BUILT_IN, Bundle, load_bundle
 from longclip_rt.errors import EngineError
-from longclip_rt.export.engine import EngineOptions
-from longclip_rt.export.engine_network import NetworkFacts, gate, network_facts, tensorrt_graph
-from longclip_rt.export.engine_plan import PlanRequest, build_plan
+from longclip_rt.export.tensorrt.build import EngineOptions
+from longclip_rt.export.tensorrt.network import NetworkFacts, gate, network_facts, tensorrt_graph
+from longclip_rt.export.tensorrt.plan import PlanRequest, build_plan
 
 onnx = pytest.importorskip("onnx")
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not to be had for this system")
@@ -90,7 +90,7 @@ def test_a_block_kept_in_fp32_may_and_no_other(tmp_path: Path) -> None:
     """A really exported text tower, the second of whose blocks is in fp32."""
     from longclip_rt.export.onnx import export_tower
     from longclip_rt.export.precision import half_tower
-    from longclip_rt.towers import towers_from_checkpoint
+    from longclip_rt.model.towers import towers_from_checkpoint
 
     tower, _ = towers_from_checkpoint(tiny_checkpoint())
     bundle = load_bundle(shutil.copytree(MODEL, tmp_path / "bundle"))

@@ -5,7 +5,7 @@ import signal
 import pytest
 
 from longclip_rt.errors import EngineError
-from longclip_rt.export.engine_progress import BuildLog, Fraction, Interruption
+from longclip_rt.export.tensorrt.progress import BuildLog, Fraction, Interruption
 
 
 def test_phases_within_phases_add_up() -> None:

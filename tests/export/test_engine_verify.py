@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from longclip_rt.backends import Backend
-from longclip_rt.bundle import Bundle, load_bundle
+from longclip_rt.bundle.bundle import Bundle, load_bundle
 from longclip_rt.commands.engine import verify
-from longclip_rt.engines import ENGINES, EngineKey, graph_hashes, write_engine_manifest
 from longclip_rt.errors import BackendError
-from longclip_rt.export import gate
+from longclip_rt.export import device_gate as gate
+from longclip_rt.opening import Backend
+from longclip_rt.tensorrt.engines import ENGINES, EngineKey, graph_hashes, write_engine_manifest
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def bundle(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """With an engine of TensorRT-RTX for another machine."""
     texts = gate.parity_texts
     monkeypatch.setattr(gate, "parity_texts", lambda tokenizer: texts(tokenizer)[::16])
-    monkeypatch.setattr("longclip_rt.machine.cuda_devices", lambda: [])
+    monkeypatch.setattr("longclip_rt.system.machine.cuda_devices", lambda: [])
     bundle = load_bundle(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     folder = bundle.path / ENGINES / "engine"
     folder.mkdir(parents=True)

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from longclip_rt.bundle import BUILT_IN, Bundle, load_bundle
+from longclip_rt.bundle.bundle import BUILT_IN, Bundle, load_bundle
 from longclip_rt.cli import longclip_rt
 from longclip_rt.commands import engine_options
 from longclip_rt.commands.export import export
-from longclip_rt.engines import LIBRARIES, engines_of
 from longclip_rt.errors import BackendError, EngineError, ExportError, MissingExtraError, OutputError
-from longclip_rt.export.engine import EVERY, LARGEST_WORKSPACE, EngineOptions
 from longclip_rt.export.exporter import ParityReport
+from longclip_rt.export.tensorrt.build import EVERY, LARGEST_WORKSPACE, EngineOptions
+from longclip_rt.tensorrt.engines import LIBRARIES, engines_of
 
 MODEL = BUILT_IN
 SMALL = ("--text-buckets", "32", "--batches", "8")
@@ -32,7 +32,7 @@ def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
     activations = tuple(BlockActivation(tower, 0, 1.0, "input") for tower in ("text", "image"))
     given = (bundle, ParityReport((), activations, 1, 1))
     monkeypatch.setattr("longclip_rt.export.exporter.export_bundle", lambda options, progress: given)
-    monkeypatch.setattr("longclip_rt.export.engine_builders.cuda_devices", lambda: [])
+    monkeypatch.setattr("longclip_rt.export.tensorrt.builders.cuda_devices", lambda: [])
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     return bundle
 
@@ -132,7 +132,7 @@ def test_a_build_that_fails_leaves_the_bundle_and_tells_of_it(
     def fail(*arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr("longclip_rt.export.engine.build_plan", fail)
+    monkeypatch.setattr("longclip_rt.export.tensorrt.build.build_plan", fail)
     result = run("--fp16", "--engine", "tensorrt-rtx", "--arch", "8.9", *SMALL, "--optimization-level", "3")
     assert isinstance(result.exception, EngineError) and result.stdout == f"{exported.path}\n"
     options = "--engine tensorrt-rtx --arch sm89 --text-buckets 32 --batches 8 --optimization-level 3 --missing"
@@ -151,7 +151,7 @@ def test_ctrl_c_in_a_build_tells_of_the_bundle(exported: Bundle, monkeypatch: py
     def stop(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("longclip_rt.export.engine.build_plan", stop)
+    monkeypatch.setattr("longclip_rt.export.tensorrt.build.build_plan", stop)
     result = run("--fp16", "--arch", "all", *SMALL)
     assert result.exit_code == 1 and result.stdout == f"{exported.path}\n"
     wanted = f"longclip-rt engine build {exported.path} --arch all --text-buckets 32 --batches 8 --missing\n"

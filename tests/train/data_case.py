@@ -15,10 +15,10 @@ import tokenizers
 import torch
 from PIL import Image
 
-from longclip_rt.export.vocabulary import tokenizer_json
-from longclip_rt.preprocess import ImageTransform
-from longclip_rt.tokenizer import Tokenizer
-from longclip_rt.train.data import Batch, DataOptions, TrainingData, open_data
+from longclip_rt.model.preprocess import ImageTransform
+from longclip_rt.model.tokenizer import Tokenizer
+from longclip_rt.model.vocabulary import tokenizer_json
+from longclip_rt.train.data.training_data import Batch, DataOptions, TrainingData, open_data
 
 SIZE = 8
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from longclip_rt.errors import OutputError
-from longclip_rt.train.card import ModelCard, TrainingFacts, model_card, write_model_card
+from longclip_rt.train.run.card import ModelCard, TrainingFacts, model_card, write_model_card
 
 FACTS = TrainingFacts(
     data="scenes | seeds 0 to 9",

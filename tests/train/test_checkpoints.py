@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-import longclip_rt.train.checkpoints as checkpoints
+import longclip_rt.train.run.checkpoints as checkpoints
 from longclip_rt.errors import OutputError, TrainingError
-from longclip_rt.train.checkpoints import FOLDER, TrainState, load_newest_checkpoint, save_checkpoint
+from longclip_rt.train.run.checkpoints import FOLDER, TrainState, load_newest_checkpoint, save_checkpoint
 
 
 def state(step: int, **changes: Any) -> TrainState:

@@ -25,8 +25,8 @@ from data_case import (
 )
 
 from longclip_rt.errors import TrainingError
-from longclip_rt.preprocess import ImageTransform
-from longclip_rt.train.data import Batch, DataOptions, open_data
+from longclip_rt.model.preprocess import ImageTransform
+from longclip_rt.train.data.training_data import Batch, DataOptions, open_data
 
 EOT = 49407
 

@@ -16,14 +16,14 @@ from torch.nn import functional as F
 from train_case import batch_of, clip_weights, program_path, small_config, small_model
 from two_processes import CASES
 
-from longclip_rt.checkpoint import load_checkpoint
 from longclip_rt.errors import TrainingError
-from longclip_rt.train.checkpoints import load_newest_checkpoint
 from longclip_rt.train.distributed import Processes, processes
 from longclip_rt.train.loop import train
 from longclip_rt.train.loss import Objective, branch_losses
-from longclip_rt.train.report import read_metrics
+from longclip_rt.train.run.checkpoints import load_newest_checkpoint
+from longclip_rt.train.run.report import read_metrics
 from longclip_rt.train.step import backward
+from longclip_rt.weights.checkpoint import load_checkpoint
 
 HERE = Path(__file__).parent
 ALONE = Processes(0, 1, torch.device("cpu"))

@@ -11,10 +11,10 @@ import torch
 from train_case import small_config
 
 from longclip_rt.errors import OutputError, TrainingError
-from longclip_rt.train.checkpoints import TrainState, save_checkpoint
 from longclip_rt.train.config import TrainConfig
 from longclip_rt.train.distributed import Processes
-from longclip_rt.train.folder import CONFIG, claim_folder, note_config, only_run
+from longclip_rt.train.run.checkpoints import TrainState, save_checkpoint
+from longclip_rt.train.run.folder import CONFIG, claim_folder, note_config, only_run
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 CONFIGURATION = small_config("pairs.jsonl", Path("clip.safetensors"))

@@ -18,11 +18,11 @@ from train_case import (
 )
 
 import longclip_rt.train.loop as loop
-from longclip_rt.checkpoint import load_checkpoint
 from longclip_rt.errors import OutputError, TrainingError
-from longclip_rt.train.checkpoints import FOLDER, load_newest_checkpoint
-from longclip_rt.train.report import read_metrics
-from longclip_rt.train.results import BAD_ROWS, WEIGHTS
+from longclip_rt.train.run.checkpoints import FOLDER, load_newest_checkpoint
+from longclip_rt.train.run.report import read_metrics
+from longclip_rt.train.run.results import BAD_ROWS, WEIGHTS
+from longclip_rt.weights.checkpoint import load_checkpoint
 
 
 def breaking(monkeypatch: pytest.MonkeyPatch, is_broken: Callable[[int], bool], value: float = math.nan) -> None:

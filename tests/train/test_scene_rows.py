@@ -5,8 +5,8 @@ import torch
 from data_case import assert_same, clip_tokenizer, opened
 
 from longclip_rt.errors import TrainingError
-from longclip_rt.preprocess import ImageTransform
-from longclip_rt.train.data import DataOptions, open_data
+from longclip_rt.model.preprocess import ImageTransform
+from longclip_rt.train.data.training_data import DataOptions, open_data
 
 
 def scene_indices(ids: tuple[str, ...]) -> list[tuple[int, bool]]:

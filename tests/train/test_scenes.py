@@ -17,8 +17,8 @@ import tokenizers
 from PIL import Image
 
 from longclip_rt.errors import LongClipError, OutputError
-from longclip_rt.export.vocabulary import tokenizer_json
-from longclip_rt.tokenizer import Tokenizer
+from longclip_rt.model.tokenizer import Tokenizer
+from longclip_rt.model.vocabulary import tokenizer_json
 from longclip_rt.train import scenes as world
 from longclip_rt.train.scenes import Scene, detail_position, long_caption, render, scene, short_caption, twin
 

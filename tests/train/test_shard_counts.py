@@ -9,9 +9,9 @@ import pytest
 from data_case import clip_tokenizer, picture, write_shards
 
 from longclip_rt.errors import InputError, TrainingError
-from longclip_rt.train.shard_counts import ShardCount, rows_of_shards
-from longclip_rt.train.shards import ShardRow
-from longclip_rt.train.sources import Naming, open_sources
+from longclip_rt.train.data.shard_counts import ShardCount, rows_of_shards
+from longclip_rt.train.data.shards import ShardRow
+from longclip_rt.train.data.sources import Naming, open_sources
 
 NAMES = {
     "plain": "{:05}",

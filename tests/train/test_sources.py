@@ -10,9 +10,9 @@ import pytest
 from data_case import caption, clip_tokenizer, picture, write_pairs, write_shards, write_tar
 
 from longclip_rt.errors import InputError, TrainingError
-from longclip_rt.train.rows import Pair
-from longclip_rt.train.sources import Naming, Sources, open_sources
-from longclip_rt.train.table_files import Columns
+from longclip_rt.train.data.rows import Pair
+from longclip_rt.train.data.sources import Naming, Sources, open_sources
+from longclip_rt.train.data.table_files import Columns
 
 
 def sources(data: str | Path, val_rows: int = 0, **naming: Any) -> Sources:
@@ -55,7 +55,7 @@ def test_sharegpt4v_is_read_as_the_reference_reads_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("characters", [1, 7, 64])
 def test_a_json_list_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, characters: int) -> None:
-    monkeypatch.setattr("longclip_rt.train.table_files._CHARACTERS_AT_ONCE", characters)
+    monkeypatch.setattr("longclip_rt.train.data.table_files._CHARACTERS_AT_ONCE", characters)
     rows = [share_gpt4v_row(f"{number}.jpg", f'Ünï "{number}", ] and }}.') for number in range(9)]
     path = tmp_path / "share.json"
     path.write_text("\ufeff " + json.dumps(rows, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -180,7 +180,7 @@ def test_parquet_holds_images(tmp_path: Path, nested: bool) -> None:
 
 
 def test_images_in_tables_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longclip_rt.train.tables._MAX_IMAGE_BYTES", 100)
+    monkeypatch.setattr("longclip_rt.train.data.tables._MAX_IMAGE_BYTES", 100)
     rows = [{"image": picture(number), "caption": caption(number)} for number in range(3)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
     with pytest.raises(TrainingError, match=r"WebDataset shards"):

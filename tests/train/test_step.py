@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from train_case import batch_of, small_model
 
-from longclip_rt.train.data import Batch
+from longclip_rt.train.data.training_data import Batch
 from longclip_rt.train.distributed import Processes
 from longclip_rt.train.loss import Objective, branch_losses, longclip_loss
 from longclip_rt.train.model import TrainableClip

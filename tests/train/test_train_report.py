@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from longclip_rt.errors import LongClipError, MissingExtraError, OutputError
-from longclip_rt.train.report import RunLog, TrainProgress, plot_curves, read_metrics
+from longclip_rt.train.run.report import RunLog, TrainProgress, plot_curves, read_metrics
 
 
 class Terminal(io.StringIO):

@@ -14,14 +14,14 @@ from data_case import SIZE
 from PIL import Image
 from tiny_models import token_ids
 
-from longclip_rt.architecture import CLIP_CONTEXT_LENGTH, Architecture
-from longclip_rt.checkpoint import Checkpoint
-from longclip_rt.convert import write_weights
+from longclip_rt.model.architecture import CLIP_CONTEXT_LENGTH, Architecture
 from longclip_rt.train.config import TrainConfig
-from longclip_rt.train.data import Batch
+from longclip_rt.train.data.training_data import Batch
 from longclip_rt.train.loop import TrainReport, train
 from longclip_rt.train.model import Stretch, TrainableClip
-from longclip_rt.train.results import WEIGHTS
+from longclip_rt.train.run.results import WEIGHTS
+from longclip_rt.weights.checkpoint import Checkpoint
+from longclip_rt.weights.convert import write_weights
 from longclip_rt.weights.files import read_weights
 from longclip_rt.weights.random import random_state_dict
 

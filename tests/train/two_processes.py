@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from train_case import batch_of, small_config, small_model
 
-from longclip_rt.train.data import Batch
+from longclip_rt.train.data.training_data import Batch
 from longclip_rt.train.distributed import processes
 from longclip_rt.train.loop import train
 from longclip_rt.train.loss import Objective

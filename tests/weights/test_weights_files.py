@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from longclip_rt.errors import WeightsError
-from longclip_rt.files import sha256_of_file
+from longclip_rt.system.files import sha256_of_file
 from longclip_rt.weights.files import choose_weights, read_weights, split_parts, tensors_of
 
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(2.0, dtype=torch.float16)}

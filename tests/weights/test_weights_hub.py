@@ -14,8 +14,8 @@ from huggingface_hub.utils import are_progress_bars_disabled
 from safetensors.torch import save_file
 from tiny_models import local_hub, long_clip_tensors, tiny_tensors
 
-from longclip_rt.checkpoint import load_checkpoint
 from longclip_rt.errors import WeightsError
+from longclip_rt.weights.checkpoint import load_checkpoint
 from longclip_rt.weights.files import read_weights
 from longclip_rt.weights.hub import HubId, download_weights, parse_hub_id
 from longclip_rt.weights.naming import huggingface_names

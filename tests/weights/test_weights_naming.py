@@ -6,7 +6,7 @@ from tiny_models import TINY, tiny_tensors
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from longclip_rt.convert import huggingface_config
+from longclip_rt.weights.convert import huggingface_config
 from longclip_rt.weights.naming import SECOND_TABLE, canonical_names, huggingface_names
 
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from tiny_models import TINY, local_hub, tiny_tensors
 
-from longclip_rt.checkpoint import load_checkpoint
 from longclip_rt.errors import WeightsError
+from longclip_rt.weights.checkpoint import load_checkpoint
 from longclip_rt.weights.open_clip import load_open_clip, open_clip_config
 
 HALF = (0.5, 0.5, 0.5)

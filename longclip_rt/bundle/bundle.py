@@ -1,0 +1,283 @@
+"""The exported directory: both encoders, the tokenizer, and a manifest of what they are and how they were checked."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longclip_rt.errors import BundleError, OutputError, PcaError
+from longclip_rt.model.architecture import Architecture
+from longclip_rt.system.files import sha256_of_file, sha256_of_json, write_text_atomically
+
+if TYPE_CHECKING:
+    from longclip_rt.pca.basis import Pca
+
+logger = logging.getLogger("longclip_rt")
+
+FORMAT_VERSION = 1
+MANIFEST = "bundle.json"
+TOKENIZER = "tokenizer.json"
+PCA = "pca.safetensors"
+TOWERS = ("text", "image")
+BUILT_IN = Path(__file__).parent.parent / "assets" / "tiny"
+
+
+def onnx_name(tower: str, precision: str) -> str:
+    """The file that holds a tower: `text.onnx`, or `text.fp16.onnx` for the half-precision graph."""
+    return f"{tower}.onnx" if precision == "fp32" else f"{tower}.{precision}.onnx"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An exported model on disk.
+
+    Attributes:
+        path: Its directory.
+        manifest: What `bundle.json` holds; README's "The bundle" lists the fields.
+    """
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @cached_property
+    def sha256(self) -> str:
+        """What identifies the bundle: a hash over the model's numbers and the hashes of all files, not over dates."""
+        return sha256_of_json({key: self.manifest[key] for key in ("architecture", "image", "outputs", "files")})
+
+    @property
+    def name(self) -> str:
+        """The model's name for people, such as `ViT-B-16`."""
+        return str(self.manifest["name"])
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """The model's numbers."""
+        return Architecture.from_dict(self.manifest["architecture"])
+
+    @property
+    def trained(self) -> bool:
+        """False where the weights are random numbers, made to test or to measure with."""
+        return bool(self.manifest["trained"])
+
+    @property
+    def weights_sha256(self) -> str:
+        """The SHA-256 of the weights that the graphs were made of; empty where it is not known."""
+        return str(self.manifest["source"].get("sha256") or "")
+
+    @cached_property
+    def pca(self) -> Pca | None:
+        """The PCA that the bundle carries, or None.
+
+        Raises:
+            PcaError: Its file is damaged, or is not the one that the manifest names.
+        """
+        from longclip_rt.pca.basis import load_pca
+
+        if (named := self.manifest.get("pca")) is None:
+            return None
+        pca = load_pca(self.file(PCA))
+        if pca.sha256 != named["sha256"]:
+            raise PcaError(f"{self.file(PCA)} is not the PCA that the manifest names. Export or copy the bundle again.")
+        return pca
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """The precisions that there are graphs of: `fp32`, and `fp16` where it was exported."""
+        return tuple(self.manifest["precisions"])
+
+    def outputs(self, tower: str) -> tuple[str, ...]:
+        """Names of a tower's outputs, in the graph's order."""
+        return tuple(self.manifest["outputs"][tower])
+
+    def file(self, name: str) -> Path:
+        """The path of one of the bundle's files."""
+        return self.path / name
+
+    def onnx(self, tower: str, precision: str) -> Path:
+        """The graph of `tower` (`text` or `image`) in `precision`.
+
+        Raises:
+            BundleError: The bundle was exported without this precision.
+        """
+        if precision not in self.precisions:
+            raise BundleError(
+                f"The bundle {self.path} holds {' and '.join(self.precisions)}, not {precision}. "
+                f"Export it again with --{precision}, or choose one that it holds."
+            )
+        return self.file(onnx_name(tower, precision))
+
+
+def bundles_home() -> Path:
+    """Where `export` puts bundles unless told otherwise: `bundles` in the user's cache folder for this program."""
+    from platformdirs import user_cache_path
+
+    return user_cache_path("longclip-rt") / "bundles"
+
+
+def load_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
+    """Opens a bundle and checks that it is whole.
+
+    Every file is hashed the first time; afterwards sizes and dates are compared with those noted then.
+
+    Args:
+        path: The bundle's directory.
+        verify: False compares sizes only, for listings.
+
+    Raises:
+        BundleError: There is no bundle at `path`, a file is missing or altered, or the format is newer than this
+            program.
+    """
+    directory = Path(path)
+    manifest = _manifest(directory)
+    bundle = Bundle(directory.resolve(), manifest)
+    files: Mapping[str, Mapping[str, Any]] = manifest["files"]
+    for name, expected in files.items():
+        file = bundle.file(name)
+        if not file.is_file():
+            raise BundleError(f"The bundle {directory} lacks {name}. Export or copy it again.")
+        if file.stat().st_size != expected["size"]:
+            raise BundleError(
+                f"{file} has {file.stat().st_size} bytes, and the manifest says {expected['size']}: the copy is "
+                "incomplete or was changed. Export or copy the bundle again."
+            )
+    if verify and not _verified_before(bundle):
+        for name, expected in files.items():
+            if (found := sha256_of_file(bundle.file(name))) != expected["sha256"]:
+                raise BundleError(
+                    f"{bundle.file(name)} is damaged: its SHA-256 is {found[:12]}..., and the manifest says "
+                    f"{str(expected['sha256'])[:12]}.... Export or copy the bundle again."
+                )
+        _note_verified(bundle)
+    return bundle
+
+
+def _manifest(directory: Path) -> dict[str, Any]:
+    file = directory / MANIFEST
+    if not file.is_file():
+        hint = "is no directory" if not directory.is_dir() else f"holds no {MANIFEST}"
+        raise BundleError(
+            f"{directory} {hint}, so it is no bundle. Make one with: longclip-rt export --out {directory}"
+        )
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{file} cannot be read as JSON ({error}). Export or copy the bundle again.") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
+        raise BundleError(f"{file} is not a manifest of this program: it has no format number.")
+    if manifest["format"] > FORMAT_VERSION:
+        raise BundleError(
+            f"The bundle {directory} has format {manifest['format']}; this version reads up to {FORMAT_VERSION}. "
+            "Update with: pip install -U longclip-rt"
+        )
+    fields = ("name", "trained", "architecture", "image", "outputs", "precisions", "files", "source")
+    if missing := [field for field in fields if field not in manifest]:
+        raise BundleError(f"{file} lacks {', '.join(missing)}. Export the bundle again.")
+    if unsafe := [name for name in manifest["files"] if Path(name).name != name]:
+        raise BundleError(f"{file} names files outside the bundle ({', '.join(unsafe)}); it will not be used.")
+    return manifest
+
+
+def _stamp_file(bundle: Bundle) -> Path:
+    return bundles_home().parent / "verified" / f"{sha256_of_json([str(bundle.path), bundle.sha256])}.json"
+
+
+def _stamp(bundle: Bundle) -> dict[str, list[int]]:
+    states = {name: bundle.file(name).stat() for name in bundle.manifest["files"]}
+    return {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
+
+
+def _verified_before(bundle: Bundle) -> bool:
+    try:
+        return bool(json.loads(_stamp_file(bundle).read_text(encoding="utf-8")) == _stamp(bundle))
+    except (OSError, ValueError):
+        return False
+
+
+def _note_verified(bundle: Bundle) -> None:
+    stamp = _stamp_file(bundle)
+    try:
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(stamp, json.dumps(_stamp(bundle)))
+    except (OSError, OutputError) as error:
+        # Without the note the next load hashes again: slower, and just as safe.
+        logger.debug("could not note that %s was verified: %s", bundle.path, error)
+
+
+def known_bundles() -> list[Bundle]:
+    """The bundles in the cache folder, newest first, then the built-in one; those that cannot be read are logged."""
+    directories: list[Path] = []
+    home = bundles_home()
+    if home.is_dir():
+        directories = [entry.parent for entry in home.glob(f"*/{MANIFEST}") if not entry.parent.name.startswith(".")]
+    directories.sort(key=lambda directory: (directory / MANIFEST).stat().st_mtime_ns, reverse=True)
+    if (BUILT_IN / MANIFEST).is_file():
+        directories.append(BUILT_IN)
+    bundles = []
+    for directory in directories:
+        try:
+            bundles.append(load_bundle(directory, verify=False))
+        except BundleError as error:
+            logger.warning("passed over a bundle: %s", error)
+    return bundles
+
+
+def find_bundle(sha256: str) -> Path | None:
+    """The directory of the known bundle with this identity, or None."""
+    return next((bundle.path for bundle in known_bundles() if bundle.sha256 == sha256), None)
+
+
+def default_bundle() -> Bundle:
+    """The newest exported bundle, else the built-in model.
+
+    Raises:
+        BundleError: There is neither.
+    """
+    bundles = known_bundles()
+    if not bundles:
+        raise BundleError(
+            f"There is no bundle in {bundles_home()} yet. Make one with: longclip-rt export --fp16 "
+            "--weights BeichenZhang/LongCLIP-B (or name one with --bundle)."
+        )
+    return load_bundle(bundles[0].path)
+
+
+def rename_weights(directory: Path, name: str) -> Bundle:
+    """Lets the manifest name the weights as `name` rather than by their place on this machine, which `export` notes.
+
+    For a bundle that goes to others: only the torch backend, which reads the weights, misses the place. The bundle's
+    identity stays as it is.
+
+    Args:
+        directory: The bundle's directory.
+        name: What to call the weights, such as their file's name.
+
+    Returns:
+        The bundle, read anew.
+
+    Raises:
+        BundleError: There is no bundle in `directory`.
+        OutputError: Its manifest cannot be written.
+    """
+    manifest = _manifest(directory)
+    manifest["source"] = {**manifest["source"], "weights": name}
+    _write_json(directory / MANIFEST, manifest)
+    return load_bundle(directory)
+
+
+def write_manifest(directory: Path, fields: Mapping[str, Any]) -> None:
+    """Hashes every file in `directory` and writes the manifest around `fields`, without their `files` and `format`."""
+    files = {
+        file.name: {"sha256": sha256_of_file(file), "size": file.stat().st_size}
+        for file in sorted(directory.iterdir())
+        if file.name != MANIFEST and file.is_file()
+    }
+    _write_json(directory / MANIFEST, {"format": FORMAT_VERSION, **fields, "files": files})
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    write_text_atomically(file, json.dumps(content, indent=2) + "\n")

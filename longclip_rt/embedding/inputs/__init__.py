@@ -1,0 +1,1 @@
+"""What is to be embedded: lists, folders, tables, and the content of each entry."""

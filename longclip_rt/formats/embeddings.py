@@ -1,0 +1,177 @@
+"""Reads embeddings back, in one piece or in chunks, from any of the formats that `embed` writes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longclip_rt.errors import OutputError
+
+_MARK = "longclip_rt.fingerprint"
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Rows of an embeddings file.
+
+    Attributes:
+        ids: The input lines.
+        kinds: "image" or "text" for each row.
+        vectors: float32 or float16 [n, D], L2-normalised.
+        metadata: The file's metadata, keys as stored (`longclip_rt.bundle.bundle`...).
+    """
+
+    ids: list[str]
+    kinds: list[str]
+    vectors: np.ndarray
+    metadata: dict[str, str]
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The metadata of an embeddings file, without its rows.
+
+    Raises:
+        OutputError: When the file is absent, damaged, or was not written by `longclip-rt embed`.
+    """
+    path = Path(path)
+    try:
+        path.stat()  # Arrow's message on an absent file is long.
+        if path.suffix == ".parquet":
+            metadata = _metadata_from_parquet(path)
+        elif path.suffix in (".npy", ".jsonl"):
+            metadata = _metadata_beside(path)
+        else:
+            raise _refusal(path, "its name should end with .parquet, .npy or .jsonl")
+    except OSError as error:
+        raise OutputError(f"{str(path)!r} cannot be read: {error.strerror or error}.") from error
+    if _MARK not in metadata:
+        raise _refusal(path, "it does not carry the metadata of one")
+    return metadata
+
+
+def iter_embeddings(path: str | Path, chunk_rows: int = 8192) -> Iterator[Embeddings]:
+    """Reads an embeddings file in pieces, in order and in memory that does not grow with the file.
+
+    Args:
+        path: `.parquet`, `.npy` (with its `.ids.jsonl` and `.meta.json`) or `.jsonl` (with its `.meta.json`).
+        chunk_rows: Most rows in a piece.
+
+    Raises:
+        OutputError: When the file is absent, damaged, or was not written by `longclip-rt embed`.
+    """
+    path = Path(path)
+    metadata = read_metadata(path)
+    reader = {".parquet": _chunks_from_parquet, ".npy": _chunks_from_npy, ".jsonl": _chunks_from_jsonl}[path.suffix]
+    try:
+        for ids, kinds, vectors in reader(path, chunk_rows, int(metadata["longclip_rt.dim"]), metadata):
+            yield Embeddings(ids, kinds, vectors, metadata)
+    except OSError as error:
+        raise OutputError(f"{str(path)!r} cannot be read: {error.strerror or error}.") from error
+    except (KeyError, ValueError) as error:  # ArrowInvalid and JSONDecodeError are ValueErrors.
+        raise OutputError(f"{str(path)!r} is damaged: {error}. Make it again with: longclip-rt embed") from error
+
+
+def load_embeddings(path: str | Path) -> Embeddings:
+    """Reads a whole embeddings file.
+
+    Raises:
+        OutputError: When the file is absent, damaged, or was not written by `longclip-rt embed`.
+    """
+    metadata = read_metadata(path)
+    try:
+        rows, dim = int(metadata["longclip_rt.rows"]), int(metadata["longclip_rt.dim"])
+        vectors = np.empty((rows, dim), dtype=metadata["longclip_rt.dtype"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise _refusal(Path(path), f"its metadata is incomplete ({error})") from error
+    ids: list[str] = []
+    kinds: list[str] = []
+    for chunk in iter_embeddings(path):
+        if len(ids) + len(chunk.ids) > rows:
+            raise _refusal(Path(path), f"it holds more rows than the {rows} it should")
+        vectors[len(ids) : len(ids) + len(chunk.ids)] = chunk.vectors
+        ids += chunk.ids
+        kinds += chunk.kinds
+    if len(ids) != rows:
+        raise _refusal(Path(path), f"it holds {len(ids)} rows and not the {rows} it should")
+    return Embeddings(ids, kinds, vectors, metadata)
+
+
+def _refusal(path: Path, reason: str) -> OutputError:
+    return OutputError(
+        f"{str(path)!r} is no embeddings file of this package: {reason}. Make one with: longclip-rt embed"
+    )
+
+
+def _metadata_from_parquet(path: Path) -> dict[str, str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        stored = pq.read_metadata(path).metadata or {}
+    except pa.ArrowInvalid as error:
+        raise _refusal(path, f"it cannot be read as Parquet ({error})") from error
+    # Arrow's own key, the schema, is of no use here.
+    return {key.decode(): value.decode() for key, value in stored.items() if key.startswith(b"longclip_rt.")}
+
+
+def _metadata_beside(path: Path) -> dict[str, str]:
+    meta = path.with_suffix(".meta.json")
+    try:
+        stored = json.loads(meta.read_bytes())
+    except FileNotFoundError as error:
+        raise _refusal(path, f"{meta.name!r} is not beside it") from error
+    except ValueError as error:
+        raise _refusal(path, f"{meta.name!r} is not JSON ({error})") from error
+    if not isinstance(stored, dict) or stored.get("longclip_rt.format") != path.suffix:
+        raise _refusal(path, f"{meta.name!r} beside it belongs to another file")
+    return {str(key): str(value) for key, value in stored.items()}
+
+
+_Chunks = Iterator[tuple[list[str], list[str], np.ndarray]]
+
+
+def _chunks_from_parquet(path: Path, chunk_rows: int, dim: int, metadata: dict[str, str]) -> _Chunks:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path, pre_buffer=False) as table:
+        for batch in table.iter_batches(batch_size=chunk_rows, columns=["id", "kind", "embedding"]):
+            # flatten() and not .values: a batch may be a slice of its row group.
+            flat = batch.column("embedding").flatten().to_numpy(zero_copy_only=False)
+            yield batch.column("id").to_pylist(), batch.column("kind").to_pylist(), flat.reshape(-1, dim)
+
+
+def _chunks_from_npy(path: Path, chunk_rows: int, dim: int, metadata: dict[str, str]) -> _Chunks:
+    vectors = (
+        np.load(path, mmap_mode="r", allow_pickle=False) if int(metadata["longclip_rt.rows"]) else np.empty((0, dim))
+    )
+    with path.with_suffix(".ids.jsonl").open("rb") as lines:
+        for start in range(0, len(vectors), chunk_rows):
+            piece = np.array(vectors[start : start + chunk_rows])
+            rows = [json.loads(line) for line in itertools.islice(lines, len(piece))]
+            if len(rows) != len(piece):
+                raise ValueError(f"there are {start + len(rows)} ids for {len(vectors)} vectors")
+            yield [row["id"] for row in rows], [row["kind"] for row in rows], piece
+
+
+def _chunks_from_jsonl(path: Path, chunk_rows: int, dim: int, metadata: dict[str, str]) -> _Chunks:
+    rows: list[dict[str, Any]] = []
+    dtype = metadata["longclip_rt.dtype"]
+
+    def chunk() -> tuple[list[str], list[str], np.ndarray]:
+        vectors = np.array([row["embedding"] for row in rows], dtype=dtype).reshape(len(rows), dim)
+        return [row["id"] for row in rows], [row["kind"] for row in rows], vectors
+
+    with path.open("rb") as lines:
+        for line in lines:
+            rows.append(json.loads(line))
+            if len(rows) == chunk_rows:
+                yield chunk()
+                rows = []
+    if rows:
+        yield chunk()

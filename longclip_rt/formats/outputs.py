@@ -1,0 +1,226 @@
+"""The embeddings file: `.parquet`, `.npy` with ids, or `.jsonl`, assembled from shards without ever holding them all.
+
+Equal shards and metadata give equal bytes: nothing here writes a time, a host or a random number.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from longclip_rt.errors import OutputError
+from longclip_rt.formats.embeddings import Embeddings, iter_embeddings, load_embeddings, read_metadata
+from longclip_rt.system.files import sync_file
+
+__all__ = [
+    "DTYPES",
+    "FORMATS",
+    "PREFIX",
+    "Embeddings",
+    "OutputFiles",
+    "iter_embeddings",
+    "json_line",
+    "load_embeddings",
+    "read_metadata",
+    "table_from_rows",
+    "write_output",
+    "write_table",
+]
+
+FORMATS = (".parquet", ".npy", ".jsonl")
+DTYPES = ("float32", "float16")
+PREFIX = "longclip_rt."
+# Digits that bring every value of the type back exactly.
+_DIGITS = {"float32": 9, "float16": 5}
+
+
+@dataclass(frozen=True)
+class OutputFiles:
+    """Names of the files that make up one output.
+
+    Attributes:
+        main: The file that was asked for.
+        ids: `<stem>.ids.jsonl`, beside `.npy` only.
+        meta: `<stem>.meta.json`, beside `.npy` and `.jsonl`.
+        rejects: `<main>.rejects.jsonl`, when there are any.
+    """
+
+    main: Path
+    ids: Path | None
+    meta: Path | None
+    rejects: Path
+
+    @staticmethod
+    def from_path(main: Path) -> OutputFiles:
+        """The files that belong to `main`.
+
+        Raises:
+            OutputError: When its suffix names none of `FORMATS`.
+        """
+        suffix = main.suffix
+        if suffix not in FORMATS:
+            raise OutputError(f"{str(main)!r} ends with {suffix!r}. The output is {', '.join(FORMATS[:-1])} or .jsonl.")
+        return OutputFiles(
+            main,
+            main.with_suffix(".ids.jsonl") if suffix == ".npy" else None,
+            main.with_suffix(".meta.json") if suffix != ".parquet" else None,
+            main.with_name(main.name + ".rejects.jsonl"),
+        )
+
+    @property
+    def all(self) -> tuple[Path, ...]:
+        """Every file, the main one last: once it has its name, so have the others."""
+        return tuple(path for path in (self.ids, self.meta, self.rejects, self.main) if path is not None)
+
+
+def json_line(value: Mapping[str, Any]) -> bytes:
+    """One line of JSON Lines in UTF-8; what UTF-8 cannot hold (file names in other encodings) is escaped."""
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+
+
+def schema(dim: int, dtype: str) -> Any:
+    """The columns of an output: id, kind, embedding (fixed-size list of `dim`), tokens, truncated."""
+    import pyarrow as pa
+
+    element = pa.field("element", pa.float16() if dtype == "float16" else pa.float32())
+    return pa.schema(
+        [
+            pa.field("id", pa.string(), nullable=False),
+            pa.field("kind", pa.string(), nullable=False),
+            pa.field("embedding", pa.list_(element, dim)),
+            pa.field("tokens", pa.int32()),
+            pa.field("truncated", pa.bool_()),
+        ]
+    )
+
+
+def table_from_rows(
+    ids: list[str], kinds: list[str], vectors: np.ndarray, tokens: np.ndarray, truncated: np.ndarray
+) -> Any:
+    """The Arrow table of some rows.
+
+    Args:
+        ids: One for each row.
+        kinds: "image" or "text".
+        vectors: float32 or float16 [n, D].
+        tokens: int32 [n], before truncation; ignored for images.
+        truncated: bool [n]; ignored for images.
+    """
+    import pyarrow as pa
+
+    columns = schema(vectors.shape[1], str(vectors.dtype))
+    image = np.array([kind == "image" for kind in kinds], dtype=bool)
+    flat = pa.array(vectors.reshape(-1), type=columns.field("embedding").type.value_type)
+    return pa.Table.from_arrays(
+        [
+            pa.array(ids, pa.string()),
+            pa.array(kinds, pa.string()),
+            pa.FixedSizeListArray.from_arrays(flat, type=columns.field("embedding").type),
+            pa.array(tokens, pa.int32(), mask=image),
+            pa.array(truncated, pa.bool_(), mask=image),
+        ],
+        schema=columns,
+    )
+
+
+def _parquet_writer(stream: BinaryIO, columns: Any) -> Any:
+    """A Parquet writer for `columns`; floats are stored plain, since they do not compress and readers can map them."""
+    import pyarrow.parquet as pq
+
+    return pq.ParquetWriter(
+        stream,
+        columns,
+        use_dictionary=["kind"],
+        compression={"id": "zstd", "kind": "zstd", "tokens": "zstd", "truncated": "zstd"},
+        write_statistics=["kind", "tokens", "truncated"],
+    )
+
+
+def write_table(stream: BinaryIO, table: Any) -> None:
+    """Writes one table as Parquet with one row group."""
+    with _parquet_writer(stream, table.schema) as writer:
+        writer.write_table(table, row_group_size=max(1, table.num_rows))
+
+
+def write_output(
+    folder: Path,
+    files: OutputFiles,
+    tables: Iterable[Any],
+    *,
+    rows: int,
+    dim: int,
+    dtype: str,
+    metadata: Mapping[str, str],
+) -> None:
+    """Writes the files of an output, without the rejects, under their own names into `folder`, synced.
+
+    Args:
+        folder: An existing folder.
+        files: Names to write; only the last component is used.
+        tables: Shards in order, each like `table_from_rows`.
+        rows: Rows of all tables together.
+        dim: Length of a vector.
+        dtype: "float32" or "float16".
+        metadata: Keys without `PREFIX`.
+
+    Raises:
+        OSError: When the disk refuses.
+    """
+    stored = {PREFIX + key: value for key, value in metadata.items()}
+    if files.meta is not None:
+        with (folder / files.meta.name).open("wb") as stream:
+            stream.write(json.dumps(stored, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+            sync_file(stream)
+    with (folder / files.main.name).open("wb") as stream:
+        if files.main.suffix == ".parquet":
+            _write_parquet(stream, tables, dim, dtype, stored)
+        elif files.main.suffix == ".jsonl":
+            for table in tables:
+                _write_json_rows(stream, table, dtype, dim)
+        else:
+            assert files.ids is not None
+            with (folder / files.ids.name).open("wb") as ids:
+                _write_npy(stream, ids, tables, rows, dim, dtype)
+                sync_file(ids)
+        sync_file(stream)
+
+
+def _write_parquet(stream: BinaryIO, tables: Iterable[Any], dim: int, dtype: str, metadata: Mapping[str, str]) -> None:
+    """One row group a shard."""
+    encoded = {key.encode(): value.encode("utf-8", "backslashreplace") for key, value in metadata.items()}
+    with _parquet_writer(stream, schema(dim, dtype).with_metadata(encoded)) as writer:
+        for table in tables:
+            if table.num_rows:
+                writer.write_table(table, row_group_size=table.num_rows)
+
+
+def _vectors(table: Any, dtype: str, dim: int) -> np.ndarray:
+    """The embedding column as an array [n, D]."""
+    flat = table.column("embedding").combine_chunks().flatten()
+    return np.asarray(flat.to_numpy(zero_copy_only=False), dtype=dtype).reshape(-1, dim)
+
+
+def _write_json_rows(stream: BinaryIO, table: Any, dtype: str, dim: int) -> None:
+    """One object a row; numbers have as many digits as bring the vector back exactly."""
+    layout = "[" + ", ".join([f"%.{_DIGITS[dtype]}g"] * dim) + "]"
+    rows = table.drop_columns(["embedding"]).to_pylist()
+    for row, vector in zip(rows, _vectors(table, dtype, dim).tolist(), strict=True):
+        head = json.dumps({"id": row["id"], "kind": row["kind"]}, ensure_ascii=False)
+        tail = json.dumps({"tokens": row["tokens"], "truncated": row["truncated"]})
+        stream.write(f'{head[:-1]}, "embedding": {layout % tuple(vector)}, {tail[1:]}\n'.encode())
+
+
+def _write_npy(stream: BinaryIO, ids: BinaryIO, tables: Iterable[Any], rows: int, dim: int, dtype: str) -> None:
+    """NumPy's format, whose header needs the number of rows first; the other columns go to `ids`."""
+    little_endian = np.dtype(dtype).newbyteorder("<")
+    header = {"descr": little_endian.str, "fortran_order": False, "shape": (rows, dim)}
+    np.lib.format.write_array_header_1_0(stream, header)
+    for table in tables:
+        stream.write(np.ascontiguousarray(_vectors(table, dtype, dim), dtype=little_endian).tobytes())
+        for row in table.drop_columns(["embedding"]).to_pylist():
+            ids.write(json_line(row))

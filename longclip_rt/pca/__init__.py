@@ -1,0 +1,1 @@
+"""The PCA of embeddings: applied, fitted, judged, drawn."""

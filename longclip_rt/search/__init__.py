@@ -1,0 +1,1 @@
+"""What is nearest, and a page that shows it."""

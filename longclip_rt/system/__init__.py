@@ -1,0 +1,1 @@
+"""The machine underneath: files, locks, signals, libraries that may be missing."""

@@ -1,0 +1,1 @@
+"""TensorRT engines that exist: which there are, what each belongs to, how one runs."""
