@@ -282,6 +282,23 @@ def test_without_keeping_it_in_fp32_the_gate_finds_the_overflow(
     assert not any(precision == "fp32" for _, precision, _ in failed)
 
 
+@pytest.mark.usefixtures("few_texts")
+@pytest.mark.parametrize(("factor", "what"), [(1e30, "text"), (0, "image")])
+def test_weights_that_give_no_vectors_are_told_from_an_export_that_went_wrong(
+    factor: float, what: str, tmp_path: Path
+) -> None:
+    tensors = tiny_tensors()
+    if factor:
+        tensors = {name: tensor * (factor if tensor.ndim > 1 else 1) for name, tensor in tensors.items()}
+    else:
+        tensors["visual.ln_post.weight"] *= 1e-30  # not all zeros, which is refused earlier
+        tensors["visual.ln_post.bias"] *= 0
+    save_file(tensors, tmp_path / "broken.safetensors")
+    with pytest.raises(ExportError, match=rf"{what}s of the sample no vector: .*The weights are broken"):
+        export_bundle(ExportOptions(str(tmp_path / "broken.safetensors"), tmp_path / "bundle"))
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_activations_are_the_largest_of_the_block() -> None:
     text, _ = towers_from_checkpoint(tiny_checkpoint())
     recorder = ActivationRecorder(text)

@@ -90,7 +90,7 @@ def test_the_image_processors_normalisation_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"image_std": [1, 2]}, r"\(std\) gives \[1, 2\]; three positive numbers"),
+        ({"image_std": [1, 2]}, r"\(std\) gives \[1, 2\]; three numbers from 1/255 to 1"),
         ({"image_mean": "grey"}, r"\(mean\) gives 'grey'; three numbers"),
         ({"image_std": [1, 0, 1]}, r"\(std\) gives \[1, 0, 1\]"),
         ({"do_center_crop": False}, "resize_mode='squash'"),
@@ -104,7 +104,7 @@ def test_images_that_are_prepared_in_another_way_are_refused(
 
 
 def test_a_header_says_everything_again() -> None:
-    config = ModelConfig(False, 80, 64, (0.1, 0.2, 0.3), (1.0, 2.0, 3.0), trained=False, vocab_size=8192)
+    config = ModelConfig(False, 80, 64, (0.1, 0.2, 0.3), (0.2, 0.3, 1.0), trained=False, vocab_size=8192)
     assert ModelConfig().with_metadata(config.to_metadata() | {"format": "pt"}) == config
     assert config.with_metadata({"format": "pt"}) == config
 
