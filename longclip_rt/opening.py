@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from longclip_rt.backends.base import Backend
 from longclip_rt.bundle.bundle import Bundle
 from longclip_rt.errors import BackendError, LongClipError, MissingExtraError
+from longclip_rt.system import machine
 
 __all__ = [
     "AUTO_ORDER",
@@ -95,14 +96,13 @@ def availability(name: str) -> Availability:
             return Availability(name, False, reason=str(error), remedy=f"{remedy.replace('install', 'install -U')}")
     if name in GPU_BACKENDS:
         from longclip_rt.backends.providers import NO_GPU, unavailable
-        from longclip_rt.system.machine import cuda_devices
 
         if name.startswith("tensorrt"):
-            why = _not_importable(name) if cuda_devices() else NO_GPU
+            why = _not_importable(name) if machine.cuda_devices() else NO_GPU
         else:
             import onnxruntime
 
-            why = unavailable(name, onnxruntime.get_available_providers(), len(cuda_devices()))
+            why = unavailable(name, onnxruntime.get_available_providers(), len(machine.cuda_devices()))
         if why is not None:
             return Availability(name, False, reason=why[0], remedy=why[1])
         return Availability(name, True, ("fp16", "fp32"))
@@ -134,8 +134,8 @@ def open_backend(
 
     `auto` takes the first usable one of `AUTO_ORDER` that offers the precision; `auto` precision takes the fastest that
     the backend offers here: fp16 on a GPU where the bundle has the graphs, bf16 with OpenVINO on a CPU that computes in
-    it, else fp32. A backend on a GPU loads the model and checks itself before it is taken. What was picked and why not
-    the one above it is logged once, at INFO.
+    it, else fp32. A backend on a GPU loads the model and checks itself before it is taken. What was picked is logged
+    once, at INFO; why not those above it, at INFO where a GPU is there and is not used, else at DEBUG.
 
     Args:
         bundle: The model.
@@ -176,8 +176,10 @@ def open_backend(
                     raise
                 passed_over.append(f"{name}: {error}")
                 continue
-            why = f" (passed over: {'; '.join(passed_over)})" if passed_over else ""
-            logger.info("%s %s in %s on %s%s", opened.name, opened.version, opened.precision, opened.device, why)
+            logger.info("%s %s in %s on %s", opened.name, opened.version, opened.precision, opened.device)
+            if passed_over:  # of interest where there is a GPU that is not used
+                level = logging.INFO if name not in GPU_BACKENDS and machine.cuda_devices() else logging.DEBUG
+                logger.log(level, "passed over: %s", "; ".join(passed_over))
             return opened
     wanted = "No backend can" if backend == "auto" else f"The backend {backend} cannot"
     raise BackendError(
@@ -194,17 +196,23 @@ def _reads_fp16(name: str) -> bool:
 def _opened(bundle: Bundle, name: str, precision: str, devices: Sequence[int] | None) -> Backend:
     if name in GPU_BACKENDS:
         return _on_gpus(_gpu_backend(name), bundle, precision, devices or (0,))
+    backend = _cpu_backend(name)(bundle, precision)
+    backend.prepare()
+    return backend
+
+
+def _cpu_backend(name: str) -> Callable[[Bundle, str], Backend]:
     if name == "openvino":
         from longclip_rt.backends.openvino import OpenVinoBackend
 
-        return OpenVinoBackend(bundle, precision)
+        return OpenVinoBackend
     if name == "onnxruntime":
         from longclip_rt.backends.onnxruntime import OnnxRuntimeBackend
 
-        return OnnxRuntimeBackend(bundle, precision)
+        return OnnxRuntimeBackend
     from longclip_rt.backends.torch import TorchBackend
 
-    return TorchBackend(bundle, precision)
+    return TorchBackend
 
 
 def _gpu_backend(name: str) -> Callable[[Bundle, str, int], Backend]:

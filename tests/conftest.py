@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,31 @@ from tiny_models import tiny_tensors
 # Tests neither read nor fill the user's folders, and never ask a hub. The bundles they know are those they make: a test
 # of the built-in model names it.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+os.environ["PYTHONFAULTHANDLER"] = "1"
+CHILD_SECONDS = 100
+"""What a program that a test starts may take, unless the test says more: less than the test itself may."""
+
+_run = subprocess.run
+
+
+def _bounded_run(*arguments: Any, timeout: float = CHILD_SECONDS, **options: Any) -> subprocess.CompletedProcess[Any]:
+    """`subprocess.run`, but a child that hangs ends by SIGABRT, at which Python prints the stacks of its threads."""
+
+    class Child(subprocess.Popen):  # type: ignore[type-arg]
+        def kill(self) -> None:
+            self.send_signal(signal.SIGABRT)
+            if self.stderr is not None:
+                while part := os.read(self.stderr.fileno(), 1 << 16):
+                    sys.stderr.write(part.decode(errors="replace"))
+            super().kill()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "Popen", Child)
+        return _run(*arguments, timeout=timeout, **options)
+
+
+subprocess.run = _bounded_run
 
 
 @pytest.fixture(autouse=True)

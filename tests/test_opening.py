@@ -110,10 +110,22 @@ def test_auto_takes_openvino_and_the_next_when_it_is_absent(
     opened = open_backend(bundle)
     assert (opened.name, opened.precision) == ("openvino", preferred)
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with caplog.at_level(logging.INFO, "longclip_rt"):
+    with caplog.at_level(logging.DEBUG, "longclip_rt"):
         opened = open_backend(bundle)
     assert (opened.name, opened.precision) == ("onnxruntime", "fp32")
     assert "openvino: the Python package openvino is not installed" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "longclip_rt"):
+        open_backend(bundle)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"onnxruntime {opened.version} in fp32 on {opened.device}"
+    ]
+    from longclip_rt.system.machine import CudaDevice
+
+    monkeypatch.setattr("longclip_rt.system.machine.cuda_devices", lambda: [CudaDevice("NVIDIA L4", 89, 24 << 30)])
+    with caplog.at_level(logging.INFO, "longclip_rt"):
+        open_backend(bundle)
+    assert "passed over: tensorrt:" in caplog.text  # a GPU is there, and is not used
     with pytest.raises(BackendError, match=r"openvino.*not installed.*pip install"):
         open_backend(bundle, "openvino")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -37,6 +39,9 @@ class Backend(ABC):
     def __init__(self, bundle: Bundle, precision: str) -> None:
         self.bundle = bundle
         self.precision = precision
+        self._process = os.getpid()
+        self._alone = threading.Lock()
+        self._used: set[str] = set()
 
     @property
     @abstractmethod
@@ -58,8 +63,13 @@ class Backend(ABC):
         """SHA-256 of the PCA that a kernel of its own gives as `text_pca` and `image_pca`; empty where none does."""
         return ""
 
-    def prepare(self) -> None:  # noqa: B027 - a backend that loads at once has nothing to do
-        """Loads both encoders now, instead of at their first batch."""
+    def prepare(self) -> None:
+        """Makes the first conversion and inference, in the thread that opens the backend and before any other can.
+
+        Libraries set up their interface to numpy at the first conversion, behind a lock that two threads can deadlock
+        on: one holds it and waits for Python's interpreter lock, the other the reverse.
+        """
+        self.run("text", np.full((1, 1), self.bundle.architecture.eot_id, np.int32))
 
     @abstractmethod
     def _run(self, tower: str, inputs: NDArray[np.generic], outputs: Sequence[str]) -> list[Float32]:
@@ -77,7 +87,8 @@ class Backend(ABC):
             One float32 array an output; embeddings are [B, D] and L2-normalised.
 
         Raises:
-            BackendError: The shape or an output's name is not the model's.
+            BackendError: The shape or an output's name is not the model's, or the process is a fork of the one that
+                opened the backend.
         """
         names = [EMBEDDINGS[tower]] if outputs is None else list(outputs)
         known = self.bundle.outputs(tower)
@@ -87,6 +98,18 @@ class Backend(ABC):
                 f"Export it again with --output {unknown[0]}."
             )
         self._check_shape(tower, inputs.shape)
+        if self._process != os.getpid():
+            raise BackendError(
+                f"This {self.name} backend was opened by process {self._process}, of which this one is a fork: its "
+                "threads are not here, and it would hang. Start processes with multiprocessing's spawn or forkserver, "
+                "and open the bundle in each."
+            )
+        if tower not in self._used:
+            with self._alone:  # whatever a library does at the first inference of a model, one thread does it
+                if tower not in self._used:
+                    results = self._run(tower, inputs, names)
+                    self._used.add(tower)
+                    return results
         return self._run(tower, inputs, names)
 
     def _check_shape(self, tower: str, shape: tuple[int, ...]) -> None:

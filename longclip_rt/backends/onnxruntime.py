@@ -67,9 +67,10 @@ class OnnxRuntimeBackend(Backend):
             return self._sessions[tower]
 
     def prepare(self) -> None:
-        """Opens both sessions."""
-        for tower in self._graphs:
+        """Opens both sessions, and uses one."""
+        for tower in self._graphs if self.on_gpu else ():
             self._session(tower)
+        super().prepare()
 
     def _opened(self, tower: str) -> Any:
         options = self._ort.SessionOptions()

@@ -54,6 +54,7 @@ class OpenVinoBackend(Backend):
         import openvino
 
         self._core = _core(openvino)
+        openvino.Tensor(np.zeros(1, np.float32))  # its interface to numpy, before other threads; see `prepare`
         self._version = str(openvino.__version__).split("-")[0]
         self._compiled: dict[str, Any] = {}
         self._idle: dict[str, list[Any]] = {"text": [], "image": []}

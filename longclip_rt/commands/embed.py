@@ -19,6 +19,7 @@ _SUFFIXES = (".parquet", ".npy", ".jsonl")
 # A progress bar that appears in a log file only after this many seconds, and then has this many between its updates.
 _LOG_DELAY = 2.0
 _LOG_INTERVAL = 10.0
+_STOPPED = "Stopped. Give the same command again to go on, or add --restart to begin anew."
 
 
 def _output_name(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
@@ -173,21 +174,24 @@ def embed(
       longclip-rt embed pairs.jsonl --texts --column long_caption --no-truncate
       find . -name '*.jpg' | longclip-rt embed - -o all.parquet --allow-rejects
     """
+    from longclip_rt.system.interrupt import STATUS, ended_by_ctrl_c
+
     try:
-        from longclip_rt.embedding.pipeline import EmbedOptions, embed_files, plan_embedding
+        with ended_by_ctrl_c(_STOPPED):
+            from longclip_rt.embedding.pipeline import EmbedOptions, embed_files, plan_embedding
 
-        settings = EmbedOptions(**options)
-        # A slip in a name should show before a model is loaded.
-        plan_embedding(files, output, settings)
-        from longclip_rt.runtime import Embedder
-        from longclip_rt.system.closing import closed_after
+            settings = EmbedOptions(**options)
+            # A slip in a name should show before a model is loaded.
+            plan_embedding(files, output, settings)
+            from longclip_rt.runtime import Embedder
+            from longclip_rt.system.closing import closed_after
 
-        opened = Embedder.from_bundle(bundle, backend, precision, pca, pca_mode, devices)
-        with closed_after(opened) as embedder, _Bar(quiet) as bar:
-            report = embed_files(files, output, embedder, settings, bar)
+            opened = Embedder.from_bundle(bundle, backend, precision, pca, pca_mode, devices)
+            with closed_after(opened) as embedder, _Bar(quiet) as bar:
+                report = embed_files(files, output, embedder, settings, bar)
     except KeyboardInterrupt:
-        click.echo("Stopped. Give the same command again to go on, or add --restart to begin anew.", err=True)
-        click.get_current_context().exit(130)
+        click.echo(_STOPPED, err=True)
+        click.get_current_context().exit(STATUS)
     if not quiet:
         click.echo(_summary(report), err=True)
     click.echo(report.output)

@@ -206,6 +206,8 @@ def _state(
         "text_batches": "as given" if options.batch_size else "by length",
         "shard_size": options.shard_size,
     }
+    if summary.places:
+        values["places"] = summary.places
     if embedder.buckets:
         values["buckets"] = " ".join(map(str, embedder.buckets))
     return {**embedder.describe(), **{key: str(value) for key, value in values.items()}}

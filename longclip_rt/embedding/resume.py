@@ -82,10 +82,16 @@ def _difference(before: Mapping[str, str], now: Mapping[str, str]) -> str:
         parts = [f"the inputs have changed ({before.get('entries')} entries then, {now['entries']} now)"]
     else:
         parts = []
+    if before.get("places") != now.get("places"):
+        parts.append("relative paths lead to other files from this working directory")
     for key, value in now.items():
-        if key not in ("inputs", "entries") and before.get(key) != value:
+        if key not in ("inputs", "entries", "places") and before.get(key) != value:
             parts.append(f"{key} was {before.get(key, 'not set')} and now is {value}")
-    parts += [f"{key} was {before[key]} and now is not set" for key in before if key not in now and not _counted(key)]
+    parts += [
+        f"{key} was {before[key]} and now is not set"
+        for key in before
+        if key not in now and key != "places" and not _counted(key)
+    ]
     return "; ".join(parts)
 
 

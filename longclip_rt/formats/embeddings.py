@@ -70,10 +70,12 @@ def iter_embeddings(path: str | Path, chunk_rows: int = 8192) -> Iterator[Embedd
     reader = {".parquet": _chunks_from_parquet, ".npy": _chunks_from_npy, ".jsonl": _chunks_from_jsonl}[path.suffix]
     try:
         for ids, kinds, vectors in reader(path, chunk_rows, int(metadata["longclip_rt.dim"]), metadata):
-            yield Embeddings(ids, kinds, vectors, metadata)
+            if not all(type(each) is str for each in itertools.chain(ids, kinds)):
+                raise ValueError("a row's id or kind is no text")
+            yield Embeddings(ids, kinds, _checked(vectors, len(ids), metadata), metadata)
     except OSError as error:
         raise OutputError(f"{str(path)!r} cannot be read: {error.strerror or error}.") from error
-    except (KeyError, ValueError) as error:  # ArrowInvalid and JSONDecodeError are ValueErrors.
+    except (KeyError, ValueError, TypeError, RecursionError) as error:  # ArrowInvalid, JSONDecodeError: ValueErrors
         raise OutputError(f"{str(path)!r} is damaged: {error}. Make it again with: longclip-rt embed") from error
 
 
@@ -133,6 +135,14 @@ def _metadata_beside(path: Path) -> dict[str, str]:
     return {str(key): str(value) for key, value in stored.items()}
 
 
+def _checked(vectors: np.ndarray, rows: int, metadata: dict[str, str]) -> np.ndarray:
+    """The vectors of some rows, if they are what the metadata say."""
+    expected = (rows, int(metadata["longclip_rt.dim"]))
+    if vectors.shape != expected or vectors.dtype != np.dtype(metadata["longclip_rt.dtype"]):
+        raise ValueError(f"there are vectors {list(vectors.shape)} {vectors.dtype} in place of {list(expected)}")
+    return vectors
+
+
 _Chunks = Iterator[tuple[list[str], list[str], np.ndarray]]
 
 
@@ -141,9 +151,14 @@ def _chunks_from_parquet(path: Path, chunk_rows: int, dim: int, metadata: dict[s
 
     with pq.ParquetFile(path, pre_buffer=False) as table:
         for batch in table.iter_batches(batch_size=chunk_rows, columns=["id", "kind", "embedding"]):
-            # flatten() and not .values: a batch may be a slice of its row group.
-            flat = batch.column("embedding").flatten().to_numpy(zero_copy_only=False)
-            yield batch.column("id").to_pylist(), batch.column("kind").to_pylist(), flat.reshape(-1, dim)
+            vectors = batch.column("embedding")
+            # flatten() leaves nulls out, and so would shift the rows after one; and not .values: a batch may be a slice
+            # of its row group.
+            flat = vectors.flatten()
+            if vectors.null_count or flat.null_count or len(flat) != len(vectors) * dim:
+                raise ValueError(f"a row has no vector of {dim} numbers")
+            matrix = flat.to_numpy(zero_copy_only=False).reshape(len(vectors), dim)
+            yield batch.column("id").to_pylist(), batch.column("kind").to_pylist(), matrix
 
 
 def _chunks_from_npy(path: Path, chunk_rows: int, dim: int, metadata: dict[str, str]) -> _Chunks:

@@ -135,7 +135,7 @@ def test_the_first_gpu_that_can_is_auto_and_why_not_is_told(
 
     bundle = load_bundle(tiny_bundle)
     Card.fails[0] = "no engine for this card"
-    with caplog.at_level(logging.INFO, "longclip_rt"):
+    with caplog.at_level(logging.DEBUG, "longclip_rt"):
         assert open_backend(bundle).name == "openvino"
     assert "passed over: tensorrt: no engine for this card; tensorrt-rtx: no engine" in caplog.text
     with pytest.raises(BackendError, match="no engine for this card"):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from embed_case import Stop, embed, make_inputs
 from fake_embedder import FakeEmbedder
+from PIL import Image
 
 from longclip_rt.embedding.workspace import Workspace
 from longclip_rt.errors import InputError, OutputError, ResumeError
@@ -232,6 +233,7 @@ RUN = """
 import sys, types
 sys.path.insert(0, sys.argv[1])
 from fake_embedder import FakeEmbedder
+from PIL import Image
 runtime = types.ModuleType("longclip_rt.runtime")
 runtime.Embedder = types.SimpleNamespace(from_bundle=lambda *a, **k: FakeEmbedder(delay=float(sys.argv[2])))
 sys.modules["longclip_rt.runtime"] = runtime
@@ -279,3 +281,29 @@ def test_control_c_says_how_to_go_on():
     assert "Traceback" not in err
     assert Path("out.parquet.parts/state.json").exists()
     assert embed(shard_size=2).embedded < 30
+
+
+def test_from_another_working_directory_relative_paths_lead_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from longclip_rt.embedding.pipeline import EmbedOptions, embed_files
+
+    for folder, colour in (("one", "red"), ("other", "blue")):
+        (tmp_path / folder).mkdir()
+        for number in range(12):
+            Image.new("RGB", (40, 40), colour).save(tmp_path / folder / f"{number}.png")
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    (lists / "files.txt").write_text("".join(f"{number}.png\n" for number in range(12)))
+    given = [str(lists / "files.txt")], tmp_path / "out.parquet", FakeEmbedder(), EmbedOptions(shard_size=4)
+    monkeypatch.chdir(tmp_path / "one")
+    with pytest.raises(KeyboardInterrupt):
+        embed_files(*given, Stop(8, KeyboardInterrupt()))
+    monkeypatch.chdir(tmp_path / "other")
+    with pytest.raises(ResumeError, match="relative paths lead to other files from this working directory"):
+        embed_files(*given)
+    monkeypatch.chdir(tmp_path / "one")
+    assert embed_files(*given).totals.rows == 12
+    monkeypatch.chdir(tmp_path / "other")
+    with pytest.raises(OutputError, match=r"exists already \(relative paths lead to other files"):
+        embed_files(*given)

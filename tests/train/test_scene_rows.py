@@ -6,6 +6,7 @@ from data_case import assert_same, clip_tokenizer, opened
 
 from longclip_rt.errors import TrainingError
 from longclip_rt.model.preprocess import ImageTransform
+from longclip_rt.train import scenes
 from longclip_rt.train.data.training_data import DataOptions, open_data
 
 
@@ -62,9 +63,34 @@ def test_scenes_have_short_captions_and_prefixes_for_77_tokens() -> None:
     assert max(lengths) > 50
 
 
-def test_twins_need_an_even_share() -> None:
-    with pytest.raises(TrainingError, match=r"takes 5 rows.*even number"):
-        opened("scenes:60@0?twins=0.5", 10, world=2)
+@pytest.mark.parametrize(("options", "rows", "together"), [("twins=0.5", 10, 2), ("alike=8", 12, 8)])
+def test_scenes_that_belong_together_stay_together(options: str, rows: int, together: int) -> None:
+    with pytest.raises(TrainingError, match=rf"takes {rows // 2} rows.*a multiple of {together}"):
+        opened(f"scenes:60@0?{options}", rows, world=2)
+
+
+def test_rows_that_are_alike_differ_in_the_kind_of_the_main_thing_alone() -> None:
+    data = opened("scenes:48@0?captions=short&things=1-2&alike=8", 16)
+    (first, *_) = data.batches(0)
+    groups = [{name.partition("/")[0] for name in first.ids[start : start + 8]} for start in (0, 8)]
+    assert [len(group) for group in groups] == [1, 1] and groups[0] != groups[1]
+    for start in (0, 8):
+        ids = first.long_ids[start : start + 8].numpy()
+        assert ((ids != ids[0]).sum(axis=1)[1:] == 1).all() and len({tuple(row) for row in ids.tolist()}) == 8
+
+
+def test_prompts_name_a_kind_and_nothing_else() -> None:
+    tokenizer = clip_tokenizer()
+    data = opened("scenes:60@0?captions=short&things=1&prompts=1", 60)
+    (batch,) = data.batches(0)
+    prompts = {tuple(tokenizer.encode([scenes.class_prompt(kind)])[0].ids.tolist()) for kind in scenes.KINDS}
+    assert {tuple(token for token in row if token) for row in batch.long_ids.tolist()} <= prompts
+
+
+@pytest.mark.parametrize("options", ["things=0", "things=5-2", "alike=0", "alike=17", "prompts=2", "twins=1&alike=2"])
+def test_options_that_make_no_sense_are_refused(options: str) -> None:
+    with pytest.raises(TrainingError, match=r"not understood"):
+        opened(f"scenes:60@0?{options}", 10)
 
 
 def test_scenes_cannot_be_drawn_too_small() -> None:

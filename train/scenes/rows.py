@@ -6,7 +6,7 @@ import re
 import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ from longclip_rt.errors import TrainingError
 from longclip_rt.model.tokenizer import Tokenizer
 from longclip_rt.train.data.feeds import OrderedFeed, Share, shuffled
 from longclip_rt.train.data.rows import Pair, Row
+from longclip_rt.train.scenes.world import FEWEST, MOST
 
 if TYPE_CHECKING:
     from longclip_rt.train.scenes import Scene
@@ -23,7 +24,8 @@ PREFIX = "scenes:"
 _NAME = re.compile(r"scenes:(\d+)(?:@(\d+))?(?:\?(.*))?")
 _EXPECTED = (
     "Scenes are named by count and seed, like scenes:200000@0, and may have options: "
-    "scenes:200000@0?twins=0.5&captions=prefix, where twins are from 0 to 1, and captions are long or prefix"
+    "scenes:200000@0?twins=0.5&captions=prefix, where twins and prompts are shares from 0 to 1, captions are long, "
+    "prefix or short, things are a number from 1 to 7 or two such as 1-3, and alike is a number from 1 to 16"
 )
 
 # Seeds that users may name lie below; the validation rows of a seed lie above, so that no run trains on them.
@@ -32,7 +34,7 @@ _SEEDS = 1 << 31
 _CLIP_TOKENS = 75
 _MOST_SENTENCES = 3
 
-Captions = Literal["long", "prefix"]
+Captions = Literal["long", "prefix", "short"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,26 +47,33 @@ class SceneRow:
         twin: Which of its twins is meant; None: the scene itself.
         sentences: Sentences of the long caption that are the row's caption, as many of them as fit into CLIP's 77
             tokens; 0: the short caption; None: all of it.
+        things: Fewest and most things of the scene.
+        kind: Which other kind the main thing has; 0: its own.
+        prompt: Whether the short caption names the main thing's kind and nothing else.
     """
 
     seed: int
     index: int
     twin: int | None = None
     sentences: int | None = None
+    things: tuple[int, int] = (FEWEST, MOST)
+    kind: int = 0
+    prompt: bool = False
 
     @property
     def id(self) -> str:
         """How messages call it."""
-        return f"scenes@{self.seed}:{self.index}" + ("" if self.twin is None else f"/twin{self.twin}")
+        suffix = "" if self.twin is None else f"/twin{self.twin}"
+        return f"scenes@{self.seed}:{self.index}{suffix}" + (f"/kind{self.kind}" if self.kind else "")
 
     def pair(self, size: int, tokenizer: Tokenizer) -> Pair:
         """See `Row.pair`."""
         from longclip_rt.train import scenes
 
-        scene = scenes.scene(self.seed, self.index)
+        scene = scenes.with_another_kind(scenes.scene(self.seed, self.index, self.things), self.kind)
         if self.twin is not None:
             scene = scenes.twin(scene, self.twin).scene
-        short = scenes.short_caption(scene)
+        short = scenes.class_prompt(scenes.main_kind(scene)) if self.prompt else scenes.short_caption(scene)
         return Pair(scenes.render(scene, size), self._caption(scene, short, tokenizer), short)
 
     def _caption(self, scene: Scene, short: str, tokenizer: Tokenizer) -> str:
@@ -87,14 +96,21 @@ class Scenes:
         seed: The world that they are taken from.
         twins: Share of the scenes that are followed by a twin. A twin takes the place of another scene, so that the
             epoch has `count` rows and a scene that is left out of one epoch comes in others.
-        captions: `long`, or `prefix` for CLIP's 77 tokens: half of the rows have the short caption, the others the
-            first one to three sentences.
+        captions: `long`; `short`; or `prefix` for CLIP's 77 tokens: half of the rows have the short caption, the
+            others the first one to three sentences.
+        things: Fewest and most things of a scene.
+        alike: Rows that follow each other and differ in nothing but the kind of the main thing: what cannot be told
+            by colour, texture, place or background. They take the places of other scenes, as twins do.
+        prompts: Share of the rows whose short caption is "a photo of a ball".
     """
 
     count: int
     seed: int
     twins: float = 0.0
     captions: Captions = "long"
+    things: tuple[int, int] = (FEWEST, MOST)
+    alike: int = 1
+    prompts: float = 0.0
     kind: str = "scenes"
 
     def in_order(self) -> Iterator[Row]:
@@ -108,10 +124,11 @@ class Scenes:
         Raises:
             TrainingError: Twins would be parted from their scenes.
         """
-        if self.twins and share.rows % 2:
+        together = self.alike if self.alike > 1 else 2 if self.twins else 1
+        if share.rows % together:
             raise TrainingError(
-                f"Each process takes {share.rows} rows of a batch; with twins it must be an even number, so that a "
-                "scene and its twin stay together. Choose another batch size."
+                f"Each process takes {share.rows} rows of a batch; with twins or alike it must be a multiple of "
+                f"{together}, so that a scene and its likes stay together. Choose another batch size."
             )
         return OrderedFeed(_Epoch(self, shuffled(self.count, seed, epoch), seed, epoch), share)
 
@@ -131,7 +148,7 @@ class Scenes:
 
     def held_out(self, count: int) -> Scenes:
         """Scenes to validate on, none of which any training run sees; without twins, whose short captions are equal."""
-        return replace(self, count=count, seed=self.seed + _SEEDS, twins=0.0)
+        return replace(self, count=count, seed=self.seed + _SEEDS, twins=0.0, alike=1, prompts=0.0)
 
 
 @dataclass(frozen=True)
@@ -155,12 +172,16 @@ class _Epoch:
             chance, choice = self._draws(0, position)
             if chance < share:
                 position, twin = position - 1, int(choice * 1000)
-        index = int(self.indices[position])
+        kind = position % self.scenes.alike
+        index = int(self.indices[position - kind])
         sentences = None
-        if self.scenes.captions == "prefix":
+        if self.scenes.captions == "short":
+            sentences = 0
+        elif self.scenes.captions == "prefix":
             chance, choice = self._draws(1, index)
             sentences = 0 if chance < 0.5 else 1 + int(choice * _MOST_SENTENCES)
-        return SceneRow(self.scenes.seed, index, twin, sentences)
+        prompt = bool(self.scenes.prompts) and self._draws(2, index)[0] < self.scenes.prompts
+        return SceneRow(self.scenes.seed, index, twin, sentences, self.scenes.things, kind, prompt)
 
     def _draws(self, purpose: int, number: int) -> tuple[float, float]:
         """Two numbers in [0, 1) that depend on nothing but the epoch and the arguments."""
@@ -176,16 +197,22 @@ def scenes_from_name(name: str) -> Scenes:
     """
     match = _NAME.fullmatch(name)
     options = dict(urllib.parse.parse_qsl(match[3] or "", keep_blank_values=True)) if match else {}
-    if match is None or not options.keys() <= {"twins", "captions"}:
+    known = {"twins", "captions", "things", "alike", "prompts"}
+    if match is None or not options.keys() <= known:
         raise TrainingError(f"{name!r} is not understood. {_EXPECTED}.")
     count, seed = int(match[1]), int(match[2] or 0)
     captions = options.get("captions", "long")
+    things = re.fullmatch(r"([1-7])(?:-([1-7]))?", options.get("things", f"{FEWEST}-{MOST}"))
     try:
-        twins = float(options.get("twins", "0"))
+        twins, prompts = (float(options.get(option, "0")) for option in ("twins", "prompts"))
+        alike = int(options.get("alike", "1"))
     except ValueError:
-        twins = -1.0
-    if not 0 <= twins <= 1 or captions not in ("long", "prefix"):
+        alike = 0
+    fewest, most = (int(things[1]), int(things[2] or things[1])) if things else (1, 0)
+    if alike not in range(1, 17) or not (0 <= twins <= 1 and 0 <= prompts <= 1) or fewest > most:
         raise TrainingError(f"{name!r} has an option that is not understood. {_EXPECTED}.")
+    if captions not in get_args(Captions) or (twins and alike > 1):
+        raise TrainingError(f"{name!r} has an option that is not understood, or both twins and alike. {_EXPECTED}.")
     if not count or seed >= _SEEDS:
         raise TrainingError(f"{name!r}: the count must be at least 1 and the seed below {_SEEDS}. {_EXPECTED}.")
-    return Scenes(count, seed, twins, "prefix" if captions == "prefix" else "long")
+    return Scenes(count, seed, twins, cast("Captions", captions), (fewest, most), alike, prompts)

@@ -86,6 +86,17 @@ def twin(scene: Scene, index: int = 0, which: int | None = None, detail: str | N
     )
 
 
+def with_another_kind(scene: Scene, number: int) -> Scene:
+    """The same scene with a main thing of another kind: 0 is its own, and no two numbers below 17 give the same.
+
+    Nothing but the kind, in the picture and in the captions, tells these scenes apart.
+    """
+    main, *others = scene.things
+    free = [kind for kind in KINDS if kind not in {thing.kind for thing in others}]
+    kind = free[(free.index(main.kind) + number) % len(free)]
+    return dataclasses.replace(scene, things=(dataclasses.replace(main, kind=kind), *others))
+
+
 def detail_position(caption: str, other: str, tokenizer: Callable[[str], Sequence[int]]) -> int:
     """Place of the first token in which two captions differ.
 

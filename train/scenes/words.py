@@ -126,7 +126,7 @@ SETTINGS: dict[str, Setting] = {
     ),
 }
 
-NUMBERS: dict[int, str] = {4: "four", 5: "five", 6: "six", 7: "seven"}
+NUMBERS: dict[int, str] = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven"}
 
 
 def class_prompt(kind: str) -> str:

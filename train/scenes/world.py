@@ -60,20 +60,24 @@ class Scene:
     manner: int
 
 
-def scene(seed: int, index: int) -> Scene:
+def scene(seed: int, index: int, things: tuple[int, int] = (FEWEST, MOST)) -> Scene:
     """Scene number `index` of the world `seed`; the same on every machine, whatever was sampled before.
 
     Args:
         seed: At least 0. Sets that must not share scenes (training, validation) take different seeds.
         index: At least 0.
+        things: Fewest and most things in it, from 1 to `MOST`. Others than the default are for first lessons: their
+            captions are short.
 
     Raises:
-        LongClipError: A number is negative.
+        LongClipError: A number is out of range.
     """
-    if seed < 0 or index < 0:
-        raise LongClipError(f"scene({seed}, {index}): seed and index must be at least 0.")
+    if seed < 0 or index < 0 or not 1 <= things[0] <= things[1] <= MOST:
+        raise LongClipError(
+            f"scene({seed}, {index}, {things}): seed and index must be at least 0, and things from 1 to {MOST}."
+        )
     rng = np.random.default_rng((seed, index))
-    count = int(rng.integers(FEWEST, MOST + 1))
+    count = int(rng.integers(things[0], things[1] + 1))
     kinds = rng.permutation(len(KINDS))[:count]
     cells = rng.permutation(len(CELLS))[:count]
     sizes = _sample_sizes(rng, count)
@@ -81,7 +85,7 @@ def scene(seed: int, index: int) -> Scene:
     textures = rng.integers(len(TEXTURES), size=count)
     flips = rng.random(count) < 0.5
     shifts = np.round(rng.uniform(-1, 1, size=(count, 2)), 2)
-    things = tuple(
+    drawn = tuple(
         Thing(
             kind=KINDS[kinds[k]],
             colour=list(COLOURS)[colours[k]],
@@ -95,8 +99,8 @@ def scene(seed: int, index: int) -> Scene:
     )
     return Scene(
         setting=list(SETTINGS)[rng.integers(len(SETTINGS))],
-        things=things,
-        relations=_sample_relations(rng, things),
+        things=drawn,
+        relations=_sample_relations(rng, drawn),
         offset=(float(np.round(rng.random(), 3)), float(np.round(rng.random(), 3))),
         manner=int(rng.integers(1 << 31)),
     )
@@ -105,7 +109,7 @@ def scene(seed: int, index: int) -> Scene:
 def sizes_are_ordered(things: tuple[Thing, ...]) -> bool:
     """Whether the main thing is larger than all others, and no thing larger than one before it."""
     ranks = [SIZES.index(thing.size) for thing in things]
-    return ranks == sorted(ranks) and ranks[0] < ranks[1]
+    return ranks == sorted(ranks) and ranks[0] < min(ranks[1:], default=len(SIZES))
 
 
 def relation_holds(relation: Relation, things: tuple[Thing, ...]) -> bool:

@@ -3,11 +3,50 @@
 from __future__ import annotations
 
 import codecs
+import hashlib
+import os
 import stat
 from pathlib import Path
 
 from longclip_rt.embedding.inputs.entries import MAX_TEXT_BYTES, Entry
 from longclip_rt.errors import InputError
+
+
+def _candidates(entry: Entry) -> list[Path]:
+    """Where the file that an entry names may be: in the working directory, then in the list's folder."""
+    given = Path(entry.id)
+    if given.is_absolute() or entry.base in ("", "."):
+        return [given]
+    return [given, Path(entry.base) / given]
+
+
+class Places:
+    """A running SHA-256 over the places that relative paths lead to from here: other ones from another folder."""
+
+    def __init__(self) -> None:
+        self._here = Path.cwd()
+        self._hash = hashlib.sha256()
+        self._any = False
+
+    def add(self, entry: Entry) -> None:
+        """Takes one entry in. A file that is not there counts as if it were in the last place looked at."""
+        if entry.inline or entry.error is not None or Path(entry.id).is_absolute():
+            return
+        *others, last = _candidates(entry)
+        place = next((candidate for candidate in others if _is_file(candidate)), last)
+        self._hash.update(os.fsencode(self._here / place) + b"\0")
+        self._any = True
+
+    def hexdigest(self) -> str:
+        """The digest of what came so far; empty where no path was relative."""
+        return self._hash.hexdigest() if self._any else ""
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def locate(entry: Entry) -> Path:
@@ -16,10 +55,7 @@ def locate(entry: Entry) -> Path:
     Raises:
         InputError: When there is none, or it is not a regular file.
     """
-    given = Path(entry.id)
-    candidates = [given]
-    if not given.is_absolute() and entry.base not in ("", "."):
-        candidates.append(Path(entry.base) / given)
+    candidates = _candidates(entry)
     trouble = "There is no such file"
     if len(candidates) > 1:
         trouble += f", neither in the working directory nor in the list's folder {entry.base!r}"

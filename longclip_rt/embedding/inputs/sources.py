@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from longclip_rt.embedding.inputs.content import Places
 from longclip_rt.embedding.inputs.entries import Entry, EntryDigest, Line, Reading, Tally, is_url, lines_from_stream
 from longclip_rt.embedding.inputs.tables import entries_from_jsonl, entries_from_parquet
 from longclip_rt.errors import InputError
@@ -47,10 +48,18 @@ class Source:
 
 @dataclass(frozen=True)
 class InputSummary:
-    """What `scan` found: the number of entries, their digest, what was skipped, and the columns chosen."""
+    """What `scan` found.
+
+    Attributes:
+        entries: Their number.
+        digest: Of the entries as they stand in the sources.
+        places: Of the files that relative paths lead to from the working directory; empty where no path is relative.
+        tally: What was skipped, and the columns chosen.
+    """
 
     entries: int
     digest: str
+    places: str
     tally: Tally
 
 
@@ -181,16 +190,17 @@ def scan(inputs: Inputs) -> InputSummary:
         InputError: When a source cannot be read, or there is nothing to embed.
     """
     tally = Tally()
-    digest = EntryDigest()
+    digest, places = EntryDigest(), Places()
     for entry in inputs.entries(tally):
         digest.add(entry)
+        places.add(entry)
     if digest.count == 0:
         names = ", ".join(repr(source.name) for source in inputs.sources)
         raise InputError(
             f"There is nothing to embed in {names}: {tally.empty} empty lines, {tally.comments} comments, "
             f"{tally.others} files that are neither images nor .txt."
         )
-    return InputSummary(digest.count, digest.hexdigest(), tally)
+    return InputSummary(digest.count, digest.hexdigest(), places.hexdigest(), tally)
 
 
 def _entries_from_source(source: Source, reading: Reading) -> Iterator[Entry]:
