@@ -311,11 +311,10 @@ def _check_shapes(architecture: Architecture, shapes: Mapping[str, tuple[int, ..
 
 
 def few(names: list[str], most: int = 3) -> str:
-    """The first of many names, with the count of the rest, for an error message; long and unprintable ones are cut."""
+    """The first of many names, with the count of the rest, for an error message; long ones are cut."""
     rest = len(names) - most
-    return ", ".join(map(_presentable, names[:most])) + (f" and {rest} more" if rest > 0 else "")
+    return ", ".join(map(_shortened, names[:most])) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _presentable(name: str) -> str:
-    short = name if len(name) <= _MOST_SHOWN else f"{name[:_MOST_SHOWN]}..."
-    return short if short.isprintable() else ascii(short)
+def _shortened(name: str) -> str:
+    return name if len(name) <= _MOST_SHOWN else f"{name[:_MOST_SHOWN]}..."
