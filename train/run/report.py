@@ -10,9 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
-import os
 import re
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,9 +20,10 @@ from typing import Any, SupportsFloat, TextIO
 
 import numpy as np
 
-from longclip_rt.errors import LongClipError, MissingExtraError, OutputError
+from longclip_rt.errors import LongClipError, OutputError
 from longclip_rt.system.extras import require
 from longclip_rt.system.files import output_errors, whole_file
+from longclip_rt.train.run.events import open_events
 
 METRICS_FILE = "metrics.csv"
 CURVES_FILE = "curves.png"
@@ -73,7 +72,7 @@ class RunLog:
                 self._step = max(step for step, _, _ in kept)
                 self._names = {name for step, name, _ in kept if step == self._step}
             self._file = self._path.open("a", encoding="utf-8", newline="")
-        self._events = _event_writer(folder / EVENTS_FOLDER, resume_step)
+        self._events = open_events(folder / EVENTS_FOLDER, resume_step)
 
     def __enter__(self) -> RunLog:
         return self
@@ -342,61 +341,6 @@ class TrainProgress:
         if self._step < self._total and now > began:
             left = round((self._total - self._step) * (now - began) / (self._step - first))
             yield f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
-
-
-def _event_writer(folder: Path, resume_step: int | None) -> _Events | None:
-    """A writer of TensorBoard events, or None, said once, where it is not installed: the CSV holds the same figures."""
-    try:
-        require("tensorboard", "train")
-    except MissingExtraError as error:
-        _log.warning("No TensorBoard events will be written; %s has the figures. %s", METRICS_FILE, error)
-        return None
-    with output_errors(folder):
-        return _Events(folder, None if resume_step is None else resume_step + 1)
-
-
-class _Events:
-    """Writes TensorBoard's event files from the calling thread.
-
-    TensorBoard's own writer has a thread, in which a full disk ends in a traceback on stderr.
-
-    Args:
-        folder: Where the file goes; made when it does not exist.
-        purge_step: The viewer passes over earlier files' events from this step on.
-
-    Raises:
-        OSError: When the disk refuses; so do the methods.
-    """
-
-    def __init__(self, folder: Path, purge_step: int | None) -> None:
-        from tensorboard.compat.proto import event_pb2, summary_pb2
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-        folder.mkdir(parents=True, exist_ok=True)
-        name = f"events.out.tfevents.{time.time_ns() // 10**9}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
-        self._file = (folder / name).open("wb")
-        self._records = RecordWriter(self._file)
-        self._write(file_version="brain.Event:2")
-        if purge_step is not None:
-            started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._write(step=purge_step, session_log=started)
-        self.flush()
-
-    def add_scalar(self, name: str, value: float, step: int) -> None:
-        """Adds a figure of a step."""
-        self._write(step=step, summary=self._summary(value=[self._summary.Value(tag=name, simple_value=value)]))
-
-    def flush(self) -> None:
-        """Hands what was added to the system."""
-        self._records.flush()
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._records.close()
-
-    def _write(self, **fields: Any) -> None:
-        self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
 
 
 def _rows(path: Path) -> Iterable[tuple[int, str, float]]:
