@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from typing import Any
@@ -50,7 +51,7 @@ def spoiled_json(rng: random.Random, value: Any) -> bytes:
 def _changed(rng: random.Random, value: Any) -> Any:
     """Walks down to a random place and changes what is there."""
     if not isinstance(value, (dict, list)) or not value or rng.random() < 0.15:
-        return rng.choice(_ODD)
+        return copy.deepcopy(rng.choice(_ODD))
     key = rng.choice(list(value)) if isinstance(value, dict) else rng.randrange(len(value))
     change = rng.randrange(8)
     if change == 0:
