@@ -149,8 +149,9 @@ def _from_huggingface(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, letters in parts.items():
         if len(letters) == 3:
             renamed[name] = _joined(name, letters)
-        for letter in letters if len(letters) < 3 else ():
-            renamed[f"{name} ({letter} without the other two)"] = letters[letter]  # reported as unexpected
+            continue
+        for one, tensor in letters.items():
+            renamed[f"{name} ({one} without the other two)"] = tensor  # reported as unexpected
     return renamed
 
 
