@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import random
+import re
 import resource
 import select
 import shutil
@@ -130,8 +131,12 @@ def kept_seeds(names: list[str]) -> list[tuple[str, int]]:
 
 
 def fuzz(names: list[str], seconds: float, seed: int, module: str, findings: Path) -> dict[str, Counter[str]]:
-    """Tries the kept seeds and then new ones, the targets in turn for equal times; says what was found on stderr."""
+    """Tries the kept seeds and then new ones, the targets in turn for equal times; says what was found on stderr.
+
+    All findings are counted; of those that end at one line of code the first is told and kept.
+    """
     counts = {name: Counter[str]() for name in names}
+    known: set[tuple[Any, ...]] = set()
     for place, name in enumerate(names):
         worker, began = Worker(module, name), time.monotonic()
         kept = [number for target, number in kept_seeds([name])]
@@ -143,7 +148,9 @@ def fuzz(names: list[str], seconds: float, seed: int, module: str, findings: Pat
                 with tempfile.TemporaryDirectory() as folder:
                     outcome, detail = worker.try_seed(one, Path(folder))
                     counts[name][outcome] += 1
-                    if outcome not in ("used", "refused"):
+                    place_in_code = (name, outcome, *re.findall(r'File "(.+)", line (\d+)', detail)[-1:])
+                    if outcome not in ("used", "refused") and place_in_code not in known:
+                        known.add(place_in_code)
                         _keep(findings / f"{name}-{one}", name, one, outcome, detail, Path(folder))
         finally:
             worker.close()

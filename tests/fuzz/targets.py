@@ -75,6 +75,7 @@ def _state_dicts() -> list[dict[str, Any]]:
     from longclip_rt.weights.naming import huggingface_names
 
     plain = tiny_tensors(context_length=77)
+    plain["token_embedding.weight"] = plain["token_embedding.weight"].half()  # the bulk of the file
     custom = {name if name.startswith("visual.") else f"text.{name}": tensor for name, tensor in plain.items()}
     return [plain, huggingface_names(plain), custom]
 
