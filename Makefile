@@ -50,13 +50,10 @@ lint: .venv/.dev-installed
 docs: .venv/.dev-installed
 	$(BIN)/python docs/make_commands.py
 
-# Trains the built-in model anew, as CLIP and then as Long-CLIP, and puts it into longclip_rt/assets/tiny. Goes on where
-# it was stopped.
+# Trains the built-in model anew, in three phases, and puts it into longclip_rt/assets/tiny. Goes on where it was
+# stopped, and says how long it took.
 tiny: .venv/.dev-installed
-	$(BIN)/longclip-rt train --preset tiny --data "scenes:1000000@0?captions=prefix" --steps 1800 \
-	    --validate-every 300 --checkpoint-every 100 --out $(TINY)/clip --resume
-	$(BIN)/longclip-rt train --preset tiny-long --data "scenes:1000000@1?twins=0.5" --steps 600 \
-	    --validate-every 150 --checkpoint-every 100 --weights $(TINY)/clip/model.safetensors --out $(TINY)/long --resume
+	$(BIN)/python benchmarks/train_tiny.py --out $(TINY)
 	$(BIN)/python benchmarks/tiny_model.py --from-run $(TINY)/long
 
 # Is the paper's claim true on those scenes? Begins with the CLIP of `make tiny`.

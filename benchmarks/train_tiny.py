@@ -28,6 +28,7 @@ from longclip_rt.train.run.results import WEIGHTS
 RUN_FILE = "run.json"
 """What was trained: of each phase its name, configuration, steps, seconds and hardware."""
 
+BATCH = 256
 _SET_UP = 10.0  # Seconds that a phase takes beside its steps.
 
 
@@ -41,7 +42,7 @@ class Phase:
         data: Its scenes.
         steps: How many where no time is given.
         share: The part of the time left that its steps may take where one is given.
-        slower: What a pair costs, as a multiple of what one cost in the phase before.
+        slower: What a step costs, as a multiple of what one cost in the phase before.
         changes: To the preset.
     """
 
@@ -55,7 +56,7 @@ class Phase:
 
 
 PHASES = (
-    Phase("kinds", "tiny", "scenes:1000000@0?things=1&alike=8&captions=short&prompts=1", 500, 0.2, 1.0),
+    Phase("kinds", "tiny", "scenes:1000000@0?things=1&alike=8&captions=short&prompts=1", 600, 0.2, 1.0),
     Phase(
         "clip",
         "tiny",
@@ -63,7 +64,6 @@ PHASES = (
         1000,
         0.3,
         1.0,
-        {"batch_size": 256},
     ),
     Phase(
         "long",
@@ -72,7 +72,7 @@ PHASES = (
         1500,
         1.0,
         1.3,
-        {"batch_size": 256, "label_smoothing": 0.0},
+        {"label_smoothing": 0.0},
     ),
 )
 
@@ -81,15 +81,20 @@ def config_of(place: int, out: Path, workers: int | None, steps: int) -> TrainCo
     """The run of a phase; each begins with the weights of the one before."""
     phase = PHASES[place]
     weights = str(out / PHASES[place - 1].name / WEIGHTS) if place else None
-    changes = {"warmup_steps": 50, "val_rows": 256, "validate_every": 500, "checkpoint_every": 100} | phase.changes
+    changes = {
+        "batch_size": BATCH,
+        "warmup_steps": 50,
+        "val_rows": 256,
+        "validate_every": 500,
+        "checkpoint_every": 100,
+    } | phase.changes
     return preset_config(phase.preset, phase.data, weights=weights, workers=workers, steps=steps, **changes)
 
 
 def fitting_steps(phase: Phase, last: dict[str, Any], left: float) -> int:
-    """Steps that the phase's share of some seconds allows, by what a pair cost in the phase before."""
-    batch = phase.changes["batch_size"]
-    a_pair = phase.slower * last["seconds"] / (last["steps"] * last["config"]["batch_size"])
-    return max(50, int((left * phase.share - _SET_UP) / (a_pair * batch)))
+    """Steps that the phase's share of some seconds allows, by what a step cost in the phase before."""
+    a_step = phase.slower * last["seconds"] / last["steps"]
+    return max(50, int((left * phase.share - _SET_UP) / a_step))
 
 
 def main() -> None:
