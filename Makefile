@@ -23,15 +23,15 @@ L14 := $(DEMO)/vit-l-14
 	$(BIN)/pip install --quiet -e ".[dev]"
 	touch .venv/.demo-installed $@
 
-# The built-in model on drawn scenes that it never saw, beside real photographs, of which it knows nothing.
+# The built-in model on drawn scenes that it never saw, beside real photographs, of which it knows nothing; and pictures that differ in one detail.
 demo: .venv/.demo-installed
 	mkdir -p $(DEMO)
 	$(BIN)/longclip-rt embed examples/scenes/files.txt examples/files.txt -o $(DEMO)/files.parquet --overwrite \
 	    --bundle $(BUILT_IN)
 	$(BIN)/longclip-rt search $(DEMO)/files.parquet "$$(cat examples/scenes/scene-3.txt)" -k 5 --kind image \
 	    --bundle $(BUILT_IN) --html $(DEMO)/gallery.html
-	$(BIN)/python examples/near_twins.py $(BUILT_IN)
-	@echo "Look at $(DEMO)/gallery.html. The built-in model knows drawn scenes only, and nothing of real photographs."
+	$(BIN)/python examples/near_twins.py $(BUILT_IN) --html $(DEMO)/twins.html
+	@echo "Look at $(DEMO)/gallery.html too. The built-in model knows drawn scenes only, and nothing of real photographs."
 
 test: lint
 	$(BIN)/python -m pytest

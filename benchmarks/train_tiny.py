@@ -4,8 +4,8 @@
     python benchmarks/train_tiny.py --workers 15 --seconds 200  # about so long in all, on a fast machine
 
 A tower that sees scenes at once learns their colours and no shape: colour alone tells nearly all of them apart. So the
-first phase shows one thing at a time and tells its kind and nothing else, and in the second every scene stands beside
-one that differs in its main thing's kind.
+first phase shows one thing at a time, eight in a row that differ in their kind and nothing else, and in the second
+every scene stands beside one that differs in its main thing's kind.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Phase:
 
 
 PHASES = (
-    Phase("kinds", "tiny", "scenes:1000000@0?things=1&alike=8&captions=short&prompts=1", 600, 0.2, 1.0),
+    Phase("kinds", "tiny", "scenes:1000000@0?things=1&alike=8&captions=short&prompts=0.3", 600, 0.2, 1.0),
     Phase(
         "clip",
         "tiny",
