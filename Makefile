@@ -54,7 +54,7 @@ docs: .venv/.dev-installed
 # stopped, and says how long it took.
 tiny: .venv/.dev-installed
 	$(BIN)/python benchmarks/train_tiny.py --out $(TINY)
-	$(BIN)/python benchmarks/tiny_model.py --from-run $(TINY)/long
+	$(BIN)/python benchmarks/tiny_model.py --from-run $(TINY)
 
 # Is the paper's claim true on those scenes? Begins with the CLIP of `make tiny`.
 study: tiny

@@ -60,7 +60,7 @@ PHASES = (
     Phase(
         "clip",
         "tiny",
-        "scenes:1000000@1?things=1-6&alike=2&captions=prefix&prompts=0.3",
+        "scenes:1000000@1?things=1-6&alike=4&captions=prefix&prompts=0.3",
         1000,
         0.3,
         1.0,
