@@ -3,9 +3,9 @@
     python benchmarks/gpu_latency.py [--model ViT-B-16] [--seconds 0.3]
 
 Needs an NVIDIA GPU. Weights come from a seed: their values do not matter to time. Ours: trimmed texts, CUDA graphs,
-and the copies in and out of each batch counted. The other: open_clip in the same precision, an operator at a time, inputs on
-the GPU already, its embeddings left there. Each case is warmed up, then both ways take turns over new inputs; the table
-has ratios first, then the median, 90th and 99th percentile of a batch in milliseconds, and items a second.
+and the copies in and out of each batch counted. The other: open_clip in the same precision, an operator at a time, with
+inputs that are on the GPU already, and embeddings left there. Each case is warmed up, then both ways take turns over
+new inputs; the table has ratios first, then median, 90th and 99th percentile of a batch in milliseconds, and rates.
 """
 
 from __future__ import annotations
