@@ -325,7 +325,7 @@ def _manifest_fields(
     return {
         "name": architecture.name,
         "trained": checkpoint.trained,
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "architecture": architecture.to_dict(),
         "context_length": architecture.context_length,
         "image": {

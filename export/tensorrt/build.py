@@ -267,7 +267,7 @@ def _build_engine(
         if key.options.get("pca_head") == HEAD_KERNEL:
             copied = copy_head(bundle.path, folder, key.archs)
             assert copied
-        created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         write_engine_manifest(folder, key, {"created": created, "longclip_rt": __version__, "towers": facts})
 
 
