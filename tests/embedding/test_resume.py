@@ -9,13 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from embed_case import Stop, embed, make_inputs
 from fake_embedder import FakeEmbedder
 from PIL import Image
 
 from longclip_rt.embedding.workspace import Workspace
-from longclip_rt.errors import InputError, OutputError, ResumeError
+from longclip_rt.errors import BackendError, InputError, OutputError, ResumeError
 from longclip_rt.formats.outputs import OutputFiles, load_embeddings
 
 
@@ -307,3 +308,88 @@ def test_from_another_working_directory_relative_paths_lead_elsewhere(
     monkeypatch.chdir(tmp_path / "other")
     with pytest.raises(OutputError, match=r"exists already \(relative paths lead to other files"):
         embed_files(*given)
+
+
+def test_a_run_that_fails_before_its_first_shard_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeEmbedder, "_vectors", lambda self, batch: np.full((len(batch), 8), np.nan, np.float32))
+    with pytest.raises(BackendError):
+        embed()
+    assert not Path("out.parquet.parts").exists()
+
+
+def test_a_run_that_was_killed_before_its_first_shard_binds_nobody() -> None:
+    folder = Path("out.parquet.parts")
+    folder.mkdir()
+    (folder / "state.json").write_text('{"tool": "another"}')
+    assert embed(dtype="float16").embedded == 30
+
+
+def test_a_file_that_changed_since_its_shard_was_made_is_embedded_anew(caplog: pytest.LogCaptureFixture) -> None:
+    interrupted()
+    Image.new("RGB", (7, 7), "green").save("data/0.png")
+    embedder = FakeEmbedder()
+    assert embed(embedder=embedder).totals.rows == 28
+    assert "0.png" in embedder.transform.decoded
+    assert "shard 0 is made anew, for inputs in it have changed" in caplog.text
+    embed("unbroken.parquet")
+    assert Path("out.parquet").read_bytes() == Path("unbroken.parquet").read_bytes()
+
+
+def test_a_file_that_was_absent_is_embedded_once_it_is_there() -> None:
+    interrupted()
+    Path("data/absent.txt").write_text("a red cup")
+    assert embed().totals.rejects == 1
+
+
+def test_a_complete_output_of_files_that_changed_is_no_longer_taken_for_done() -> None:
+    embed()
+    Image.new("RGB", (7, 7), "green").save("data/0.png")
+    with pytest.raises(OutputError, match=r"exists already \(files that the inputs name have changed since\)"):
+        embed()
+
+
+def test_a_file_that_changes_during_the_run_is_noticed() -> None:
+    class Change(Stop):
+        def begin(self, total, done, columns):
+            Path("data/13.txt").write_text("another text")
+
+    with pytest.raises(InputError, match=r"Files changed while they were being embedded\. Run the command again"):
+        embed(progress=Change(1000, KeyboardInterrupt()))
+    embed()
+    embed("unbroken.parquet")
+    assert Path("out.parquet").read_bytes() == Path("unbroken.parquet").read_bytes()
+
+
+def test_a_folder_that_was_moved_with_its_work_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def begin_in(folder: Path) -> None:
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        make_inputs()
+
+    begin_in(tmp_path / "here")
+    whole = interrupted()
+    monkeypatch.chdir(tmp_path)
+    Path("here").rename("there")
+    monkeypatch.chdir(tmp_path / "there")
+    assert embed().embedded == 30 - 9 * whole
+    monkeypatch.chdir(tmp_path)
+    Path("there").rename("elsewhere")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert embed().embedded == 0  # complete, wherever it lies
+
+
+def test_a_complete_output_that_was_not_yet_moved_to_its_place_is_that_of_its_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Workspace, "publish", _stopped)
+        with pytest.raises(KeyboardInterrupt):
+            embed()
+    Image.new("RGB", (7, 7), "green").save("data/0.png")
+    with pytest.raises(OutputError, match="files that the inputs name have changed since"):
+        embed()
+    assert len(load_embeddings("out.parquet").ids) == 28
+
+
+def _stopped(workspace: Workspace) -> None:
+    raise KeyboardInterrupt
