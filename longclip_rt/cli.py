@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import logging
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Sequence
 import click
 
 from longclip_rt.errors import LongClipError
+from longclip_rt.system.streams import close_standard_streams, open_standard_streams
 from longclip_rt.version import __version__
 
 COMMANDS = {
@@ -66,12 +66,27 @@ def longclip_rt(verbose: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line. Errors a user can mend are one sentence on stderr and exit status 1."""
-    with contextlib.suppress(AttributeError):
-        # Ids are file names, which may hold what the terminal's encoding does not; a question mark beats a traceback.
-        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-        sys.stderr.reconfigure(errors="replace")  # type: ignore[union-attr]
+    open_standard_streams()
     try:
         longclip_rt(list(arguments) if arguments is not None else None, prog_name="longclip-rt")
     except LongClipError as error:
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(1)
+        _end(str(error))
+    except MemoryError:
+        _end(f"There is not enough memory{_LIMITED}")
+    except OSError as error:
+        _end(f"{error.filename or 'Standard output'} cannot be used: {error.strerror or error}.")
+    except (ImportError, RuntimeError) as error:
+        # What the system says of memory that it does not give to a library or to a thread.
+        if not any(sign in str(error) for sign in ("failed to map segment", "allocate memory", "start new thread")):
+            raise
+        _end(f"There is not enough memory ({error}){_LIMITED}")
+    finally:
+        close_standard_streams()
+
+
+_LIMITED = ". Free some, raise the limit (ulimit -v), or use fewer --workers; begun work goes on with the same command."
+
+
+def _end(message: str) -> None:
+    click.echo(f"Error: {message}", err=True)
+    sys.exit(1)

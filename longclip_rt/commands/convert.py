@@ -7,6 +7,8 @@ from typing import Literal
 
 import click
 
+from longclip_rt.system.streams import told_at_best
+
 
 @click.command()
 @click.argument("weights")
@@ -45,4 +47,6 @@ def convert(
     checkpoint = load_checkpoint(weights, activation=activation)
     for note in checkpoint.notes:
         click.echo(note, err=True)
-    click.echo(str(save_converted(checkpoint, out, layout)))
+    written = save_converted(checkpoint, out, layout)
+    with told_at_best():
+        click.echo(str(written))

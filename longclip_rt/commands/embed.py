@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from longclip_rt.commands.options import gpu_numbers, runs_the_model, takes_a_pca
+from longclip_rt.system.streams import told_at_best
 
 if TYPE_CHECKING:
     from longclip_rt.embedding.pipeline import EmbedReport
@@ -139,6 +140,15 @@ class _Bar:
     metavar="N",
     help="Inputs that are committed together: a stopped run loses at most the shards in the making.",
 )
+@click.option(
+    "--max-stream",
+    type=click.IntRange(min=1),
+    default=4,
+    show_default=True,
+    metavar="GIB",
+    callback=lambda context, parameter, value: value << 30,
+    help="Most that standard input or a pipe may hold: it is copied beside the output first.",
+)
 @click.option("-q", "--quiet", is_flag=True, help="Print no progress and no summary.")
 def embed(
     files: tuple[str, ...],
@@ -194,7 +204,8 @@ def embed(
         click.get_current_context().exit(STATUS)
     if not quiet:
         click.echo(_summary(report), err=True)
-    click.echo(report.output)
+    with told_at_best():
+        click.echo(report.output)
     if report.rejects is not None and not allow_rejects:
         click.get_current_context().exit(1)
 

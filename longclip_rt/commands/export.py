@@ -9,6 +9,7 @@ import click
 
 from longclip_rt.commands.engine_options import ENGINES, build_command, builds_engines, built_with_a_bar, given_flags
 from longclip_rt.commands.options import PCA_MODES
+from longclip_rt.system.streams import told_at_best
 
 if TYPE_CHECKING:
     from longclip_rt.export.exporter import ParityReport
@@ -119,7 +120,8 @@ def export(
         bar.update()
         bar.set_description_str("done")
     click.echo(_table(report), err=True)
-    click.echo(str(bundle.path))  # before anything else can go wrong
+    with told_at_best():
+        click.echo(str(bundle.path))  # before anything else can go wrong
     later = build_command(bundle.path, engine, archs, text_buckets, batches, optimization_level)
     if builders is not None:
         from longclip_rt.export.tensorrt.build import EngineOptions

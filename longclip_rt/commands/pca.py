@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from longclip_rt.system.streams import told_at_best
+
 if TYPE_CHECKING:
     from longclip_rt.pca.fit import FitReport
     from longclip_rt.pca.retention import Retention
@@ -117,7 +119,8 @@ def fit(
         click.echo("Choose K and give it with -k to write a PCA.", err=True)
         return
     save_pca(report.pca, output)
-    click.echo(str(output))
+    with told_at_best():
+        click.echo(str(output))
 
 
 def _table(report: FitReport) -> str:

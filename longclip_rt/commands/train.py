@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from longclip_rt.system.streams import told_at_best
+
 # As in `longclip_rt.train.config`, which is too heavy to import for a help text; a test compares them.
 PRESETS = ("longclip-b", "longclip-l", "tiny", "tiny-long")
 OBJECTIVES = ("longclip", "long+short", "long", "clip")
@@ -113,4 +115,5 @@ def train(preset: str, data: str, out: Path, resume: bool, device: str, quiet: b
     if not quiet:
         recall = ", ".join(f"{name} {value:.1%}" for name, value in report.figures.items() if name.endswith("_r1"))
         click.echo(f"{report.steps:,} steps in {report.seconds / 60:.1f} minutes; validation: {recall}", err=True)
-    click.echo(report.weights)
+    with told_at_best():
+        click.echo(report.weights)

@@ -51,6 +51,7 @@ class EmbedOptions:
         shard_size: Inputs that are committed together.
         overwrite: Whether an existing output may be replaced.
         restart: Whether work begun earlier is discarded.
+        max_stream: Most bytes that standard input or a pipe may hold: they are copied beside the output.
     """
 
     texts: bool = False
@@ -62,6 +63,7 @@ class EmbedOptions:
     shard_size: int = 2048
     overwrite: bool = False
     restart: bool = False
+    max_stream: int = 4 << 30
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -141,7 +143,7 @@ def embed_files(
     progress = progress or Silence()
     with Workspace(files) as workspace:
         with output_errors(files.main):
-            spooled = spool_streams(recognised, workspace.folder)
+            spooled = spool_streams(recognised, workspace.folder, options.max_stream)
         inputs = Inputs(spooled, options.texts, options.column)
         summary = scan(inputs)
         state = _state(inputs, summary, files, embedder, options)
@@ -175,6 +177,8 @@ def plan_embedding(
             for path in files.all:
                 if source.path is not None and path.exists() and source.path.exists() and path.samefile(source.path):
                     raise OutputError(f"The output would overwrite the input {source.name!r}. Name another with -o.")
+        if files.main.is_symlink():  # a link stays one: the file that it names is replaced
+            files = OutputFiles.from_path(files.main.resolve())
     return recognised, files
 
 

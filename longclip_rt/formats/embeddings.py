@@ -155,7 +155,9 @@ def _chunks_from_parquet(path: Path, chunk_rows: int, dim: int, metadata: dict[s
             # flatten() leaves nulls out, and so would shift the rows after one; and not .values: a batch may be a slice
             # of its row group.
             flat = vectors.flatten()
-            if vectors.null_count or flat.null_count or len(flat) != len(vectors) * dim:
+            kind = vectors.type
+            widths = [kind.list_size] if hasattr(kind, "list_size") else vectors.value_lengths().to_pylist()
+            if vectors.null_count or flat.null_count or any(width != dim for width in widths):
                 raise ValueError(f"a row has no vector of {dim} numbers")
             matrix = flat.to_numpy(zero_copy_only=False).reshape(len(vectors), dim)
             yield batch.column("id").to_pylist(), batch.column("kind").to_pylist(), matrix

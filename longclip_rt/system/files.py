@@ -71,6 +71,8 @@ def whole_file(target: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: When the disk refuses, at any step; `target` is then as it was.
     """
+    if target.is_symlink():  # a link stays one: the file that it names is replaced
+        target = target.resolve()
     temporary = target.with_name(target.name + ".tmp")
     try:
         with temporary.open("wb") as stream:

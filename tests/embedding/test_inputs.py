@@ -263,7 +263,7 @@ def test_a_damaged_parquet_file_is_refused():
 
 def test_standard_input_is_spooled_and_read_twice(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a.jpg\nb.jpg\n")))
-    sources = spool_streams(sources_from_arguments(["-"]), Path.cwd())
+    sources = spool_streams(sources_from_arguments(["-"]), Path.cwd(), 1 << 20)
     inputs = Inputs(sources)
     assert [entry.id for entry in inputs.entries()] == [entry.id for entry in inputs.entries()] == ["a.jpg", "b.jpg"]
     assert inputs.base == "."
@@ -271,7 +271,7 @@ def test_standard_input_is_spooled_and_read_twice(monkeypatch):
 
 def test_standard_input_with_a_column_is_json_lines(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'{"c": "a"}\n')))
-    sources = spool_streams(sources_from_arguments(["-"], texts=True, column="c"), Path.cwd())
+    sources = spool_streams(sources_from_arguments(["-"], texts=True, column="c"), Path.cwd(), 1 << 20)
     assert [entry.id for entry in Inputs(sources, True, "c").entries()] == ["a"]
 
 
@@ -279,7 +279,7 @@ def test_a_pipe_is_spooled():
     os.mkfifo("pipe")
     writer = threading.Thread(target=lambda: Path("pipe").write_bytes(b"a.jpg\n"))
     writer.start()
-    sources = spool_streams(sources_from_arguments(["pipe"]), Path.cwd())
+    sources = spool_streams(sources_from_arguments(["pipe"]), Path.cwd(), 1 << 20)
     writer.join()
     assert [entry.id for entry in Inputs(sources).entries()] == ["a.jpg"]
 
@@ -384,3 +384,16 @@ def test_a_list_is_streamed():
     with Path("files.txt").open("r+b") as stream:
         stream.truncate(200_000)
     assert sum(1 for _ in entries) < 50_000
+
+
+def test_a_stream_that_is_too_long_is_refused_and_leaves_nothing(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a.jpg\n" * 100)))
+    with pytest.raises(InputError, match=r"Standard input holds more than --max-stream allows"):
+        spool_streams(sources_from_arguments(["-"]), Path.cwd(), 599)
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="this system has no such devices")
+def test_devices_are_refused():
+    with pytest.raises(InputError, match="is a device or a socket"):
+        sources_from_arguments(["/dev/zero"])

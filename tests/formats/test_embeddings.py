@@ -75,5 +75,5 @@ def test_a_changed_field_of_a_json_line_is_damage(field: str, value: object, tmp
 def test_another_array_is_damage(shape: tuple[int, ...], tmp_path: Path) -> None:
     path = write_embeddings(tmp_path / "e.npy", correlated(ROWS, DIM))
     np.save(path, np.ones(shape, np.float32))
-    with pytest.raises(OutputError, match="is damaged|rows and not the"):
+    with pytest.raises(OutputError, match=r"is damaged|rows and not the"):
         load_embeddings(path)

@@ -7,16 +7,16 @@ start with `#` are skipped; in lists of texts only empty lines are, for a captio
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import glob
 import os
-import shutil
 import stat
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from longclip_rt.embedding.inputs.content import FilesDigest
 from longclip_rt.embedding.inputs.entries import Entry, EntryDigest, Line, Reading, Tally, is_url, lines_from_stream
@@ -138,6 +138,8 @@ def _source_from_argument(argument: str, column: str | None) -> Source:
         raise InputError(f"{argument!r} is not a file name: {error}.") from error
     if stat.S_ISDIR(mode):
         return Source(argument, "folder", path)
+    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) or stat.S_ISSOCK(mode):
+        raise InputError(f"{argument!r} is a device or a socket, which may never end. Give a file, or - and a pipe.")
     suffix = path.suffix.lower()
     form: Form = "list"
     if suffix in (".jsonl", ".ndjson"):
@@ -160,29 +162,46 @@ def _begins_like_image(path: Path) -> bool:
     return head.startswith(_IMAGE_HEADS) or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
 
 
-def spool_streams(sources: Sequence[Source], folder: Path) -> tuple[Source, ...]:
+def spool_streams(sources: Sequence[Source], folder: Path, limit: int) -> tuple[Source, ...]:
     """Copies what can be read only once (standard input, pipes) to `folder`, since the inputs are read twice.
 
     Args:
         sources: Recognised sources.
-        folder: An existing folder; files `input-0`, `input-1`... are written to it.
+        folder: An existing folder; files `input-0`, `input-1`... are written to it. None stays of a copy that fails.
+        limit: Most bytes of each.
 
     Raises:
+        InputError: When a stream holds more than `limit` bytes.
         OSError: When the copy cannot be written or a pipe not be read.
     """
     spooled = []
     for index, source in enumerate(sources):
         if source.path is None:
             target = folder / f"input-{index}"
-            with target.open("wb") as copy:
-                if source.name == "-":
-                    shutil.copyfileobj(sys.stdin.buffer, copy)
-                else:
-                    with Path(source.name).open("rb") as stream:
-                        shutil.copyfileobj(stream, copy)
+            try:
+                with contextlib.ExitStack() as stack:
+                    copy = stack.enter_context(target.open("wb"))
+                    piped = (
+                        sys.stdin.buffer if source.name == "-" else stack.enter_context(Path(source.name).open("rb"))
+                    )
+                    _copy(piped, copy, source.name, limit)
+            except BaseException:
+                target.unlink(missing_ok=True)
+                raise
             source = dataclasses.replace(source, path=target)
         spooled.append(source)
     return tuple(spooled)
+
+
+def _copy(stream: BinaryIO, copy: BinaryIO, name: str, limit: int) -> None:
+    while piece := stream.read(1 << 20):
+        limit -= len(piece)
+        if limit < 0:
+            raise InputError(
+                f"{'Standard input' if name == '-' else repr(name)} holds more than --max-stream allows. Raise that, "
+                "or write it to a file and give the file."
+            )
+        copy.write(piece)
 
 
 def scan(inputs: Inputs) -> InputSummary:
