@@ -40,7 +40,7 @@ class FilesDigest:
         path, state = entry.id, b"absent"
         for path in _candidates(entry):
             with contextlib.suppress(OSError, ValueError):
-                status = os.stat(path)
+                status = os.stat(path)  # noqa: PTH116
                 if stat.S_ISREG(status.st_mode):
                     state = b"%d %d" % (status.st_size, status.st_mtime_ns)
                     break
@@ -73,15 +73,15 @@ def locate(entry: Entry) -> Path:
     trouble = "There is no such file"
     if len(candidates) > 1:
         trouble += f", neither in the working directory nor in the list's folder {entry.base!r}"
-    for candidate in candidates:
+    for candidate in map(Path, candidates):
         try:
-            mode = os.stat(candidate).st_mode
+            mode = candidate.stat().st_mode
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
             raise InputError(f"The file cannot be opened: {error.strerror}.") from error
         if stat.S_ISREG(mode):
-            return Path(candidate)
+            return candidate
         # Opening a pipe or a device could block for ever or never end.
         trouble = (
             "It is a folder; give folders on the command line" if stat.S_ISDIR(mode) else "It is not a regular file"
