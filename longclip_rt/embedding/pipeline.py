@@ -27,7 +27,7 @@ from longclip_rt.embedding.tasks import Encoder
 from longclip_rt.embedding.workspace import Totals, Workspace
 from longclip_rt.errors import InputError, OutputError
 from longclip_rt.formats.outputs import DTYPES, OutputFiles, table_from_rows
-from longclip_rt.system.files import output_errors
+from longclip_rt.system.files import behind_links, output_errors
 from longclip_rt.version import __version__
 
 logger = logging.getLogger("longclip_rt")
@@ -177,8 +177,7 @@ def plan_embedding(
             for path in files.all:
                 if source.path is not None and path.exists() and source.path.exists() and path.samefile(source.path):
                     raise OutputError(f"The output would overwrite the input {source.name!r}. Name another with -o.")
-        if files.main.is_symlink():  # a link stays one: the file that it names is replaced
-            files = OutputFiles.from_path(files.main.resolve())
+        files = OutputFiles.from_path(behind_links(files.main))
     return recognised, files
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from longclip_rt.embedding.inputs.entries import MAX_TEXT_BYTES, Entry
 from longclip_rt.errors import InputError
+from longclip_rt.system.files import tells_of_system
 
 
 def _candidates(entry: Entry) -> list[str]:
@@ -94,6 +95,7 @@ def read_text(entry: Entry) -> str:
 
     Raises:
         InputError: When the file is absent, empty, too large or not UTF-8.
+        OSError: When open files or memory ran out.
     """
     if entry.inline:
         return entry.id
@@ -102,6 +104,8 @@ def read_text(entry: Entry) -> str:
         with path.open("rb") as stream:
             content = stream.read(MAX_TEXT_BYTES + 1)
     except OSError as error:
+        if tells_of_system(error):
+            raise
         raise InputError(f"The file cannot be read: {error.strerror}.") from error
     if len(content) > MAX_TEXT_BYTES:
         raise InputError(f"The file is larger than {MAX_TEXT_BYTES} bytes. One .txt file is one text.")
