@@ -50,13 +50,16 @@ lint: .venv/.dev-installed
 docs: .venv/.dev-installed
 	$(BIN)/python docs/make_commands.py
 
-# Trains the built-in model anew, as CLIP and then as Long-CLIP, and puts it into longclip_rt/assets/tiny. Goes on where
-# it was stopped.
+# Trains the built-in model anew and puts it into longclip_rt/assets/tiny: first single things whose captions name their
+# kind, then CLIP's captions of scenes, then Long-CLIP's. Goes on where it was stopped.
 tiny: .venv/.dev-installed
-	$(BIN)/longclip-rt train --preset tiny --data "scenes:1000000@0?captions=prefix" --steps 1800 \
-	    --validate-every 300 --checkpoint-every 100 --out $(TINY)/clip --resume
-	$(BIN)/longclip-rt train --preset tiny-long --data "scenes:1000000@1?twins=0.5" --steps 600 \
-	    --validate-every 150 --checkpoint-every 100 --weights $(TINY)/clip/model.safetensors --out $(TINY)/long --resume
+	$(BIN)/longclip-rt train --preset tiny --data "scenes:1000000@0?captions=short&things=1&prompts=1" --steps 1000 \
+	    --warmup-steps 50 --validate-every 500 --checkpoint-every 100 --out $(TINY)/kinds --resume
+	$(BIN)/longclip-rt train --preset tiny --data "scenes:1000000@1?captions=prefix&things=1-7&alike=4&prompts=0.25" \
+	    --steps 1000 --warmup-steps 50 --validate-every 500 --checkpoint-every 100 \
+	    --weights $(TINY)/kinds/model.safetensors --out $(TINY)/clip --resume
+	$(BIN)/longclip-rt train --preset tiny-long --data "scenes:1000000@2?twins=0.5&prompts=0.25" --steps 600 \
+	    --validate-every 300 --checkpoint-every 100 --weights $(TINY)/clip/model.safetensors --out $(TINY)/long --resume
 	$(BIN)/python benchmarks/tiny_model.py --from-run $(TINY)/long
 
 # Is the paper's claim true on those scenes? Begins with the CLIP of `make tiny`.

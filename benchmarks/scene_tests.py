@@ -14,7 +14,6 @@ from torch import Tensor
 
 from longclip_rt.model.preprocess import ImageTransform
 from longclip_rt.model.tokenizer import Tokenizer, pad_tokens
-from longclip_rt.model.towers import towers_from_checkpoint
 from longclip_rt.model.vocabulary import tokenizer_json
 from longclip_rt.runtime import Embedder
 from longclip_rt.train.evaluate import pair_accuracy, retrieval, zero_shot_accuracy
@@ -32,7 +31,7 @@ from longclip_rt.train.scenes import (
     twin,
 )
 from longclip_rt.train.scenes.words import with_article
-from longclip_rt.weights.checkpoint import load_checkpoint
+from longclip_rt.weights.checkpoint import load_checkpoint, towers_from_checkpoint
 
 # A seed of scenes that no run trains on; the trainer's own validation rows lie elsewhere too.
 HELD_OUT = 1 << 30

@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from longclip_rt.bundle.bundle import TOKENIZER, Bundle, load_bundle
-from longclip_rt.bundle.samples import example_photos, parity_texts
+from longclip_rt.bundle.bundle import Bundle, load_bundle
 from longclip_rt.errors import BackendError, MissingExtraError
-from longclip_rt.model.preprocess import ImageTransform
-from longclip_rt.model.tokenizer import Tokenizer
 from longclip_rt.opening import Backend, availability, open_backend
-from longclip_rt.parity.gate import Check, Sample, reference_from_backend, verify_backend
+from longclip_rt.parity.gate import reference_from_backend, sample_for, verify_backend
+from longclip_rt.parity.limits import Check
 from longclip_rt.system.closing import closed_after
 from longclip_rt.tensorrt.engines import LIBRARIES, engines_of
 
@@ -63,12 +59,3 @@ def _opened(bundle: Bundle, backend: str, precision: str, devices: Sequence[int]
         f"{' '.join(reason.rstrip('.') + '.' for reason in reasons)} Another backend is checked by its name: "
         "longclip-rt engine verify --backend NAME"
     )
-
-
-def sample_for(bundle: Bundle) -> Sample:
-    """The gate's texts and photographs, as a bundle's tokenizer and image size make them."""
-    tokenizer = Tokenizer.from_file(bundle.file(TOKENIZER), bundle.architecture.context_length)
-    image = bundle.manifest["image"]
-    transform = ImageTransform(image["size"], tuple(image["mean"]), tuple(image["std"]))
-    tokens = [entry.ids for entry in tokenizer.encode(parity_texts(tokenizer))]
-    return Sample(tokens, np.stack([transform(photo) for photo in example_photos()]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,27 +19,28 @@ from longclip_rt.bundle.bundle import (
     Bundle,
     bundles_home,
     load_bundle,
-    onnx_name,
     write_manifest,
 )
-from longclip_rt.bundle.samples import example_photos, parity_texts
+from longclip_rt.bundle.samples import example_photos
 from longclip_rt.errors import ExportError
 from longclip_rt.export.onnx import OPSET, export_tower
 from longclip_rt.export.precision import BlockActivation, half_tower
+from longclip_rt.export.reference import reference_from_towers
 from longclip_rt.export.rounding import RoundedHalfBackend
 from longclip_rt.export.structure import structure_checks
 from longclip_rt.export.tensorrt.head import head_checks, why_no_head, write_head, write_plugin_graphs
-from longclip_rt.model.preprocess import ImageTransform
-from longclip_rt.model.tokenizer import Tokenizer, pad_tokens
-from longclip_rt.model.towers import ImageTower, TextTower, towers_from_checkpoint
+from longclip_rt.model.tokenizer import pad_tokens
+from longclip_rt.model.towers import ImageTower, TextTower
 from longclip_rt.model.vocabulary import tokenizer_json
 from longclip_rt.opening import availability, open_backend
-from longclip_rt.parity.gate import Check, Reference, Sample, reference_from_towers, verify_backend
+from longclip_rt.parity.gate import sample_for, verify_backend
+from longclip_rt.parity.limits import Check, Reference, Sample
 from longclip_rt.parity.self_check import IMAGES, TEXTS, write_self_check
 from longclip_rt.pca.basis import Pca, check_mode, load_pca, save_pca
+from longclip_rt.system.closing import closed_after
 from longclip_rt.system.extras import require
 from longclip_rt.system.files import directory_in_the_making, write_text_atomically
-from longclip_rt.weights.checkpoint import Checkpoint, load_checkpoint
+from longclip_rt.weights.checkpoint import Checkpoint, load_checkpoint, towers_from_checkpoint
 
 logger = logging.getLogger("longclip_rt")
 
@@ -139,69 +140,99 @@ def export_bundle(options: ExportOptions, progress: Progress = lambda stage: Non
         OutputError: The directory exists or cannot be written.
         MissingExtraError: A package is not installed; the message names the extra.
     """
-    for module, extra in (("torch", "export"), ("open_clip", "export"), ("onnxruntime", "cpu")):
-        require(module, extra)
-    if options.out is not None and options.out.exists():
-        with directory_in_the_making(options.out):  # refuses, and says how to go on, before minutes of work
-            pass
-    check_mode(options.pca_mode)
-    if options.pca_in_engine and (options.pca is None or not options.fp16):
-        raise ExportError("--pca-in-engine puts a PCA into fp16 graphs. Add --fp16 and --pca FILE.")
-    pca = None if options.pca is None else load_pca(options.pca)
+    _check(options)
     progress("reading weights")
     checkpoint = load_checkpoint(options.weights, activation=options.activation)
     for note in checkpoint.notes:
         logger.info("%s: %s", options.weights, note)
-    text, image = towers_from_checkpoint(checkpoint)
-    text = text.with_outputs(_outputs(text, options.outputs))
-    image = image.with_outputs(_outputs(image, options.outputs))
-    if pca is not None:
-        pca.check_model(checkpoint.architecture.name, checkpoint.architecture.embed_dim, checkpoint.sha256 or "")
-        text, image = text.with_pca(pca, options.pca_mode), image.with_pca(pca, options.pca_mode)
+    pca = None if options.pca is None else load_pca(options.pca)
+    text, image = _towers(checkpoint, options, pca)
     target = options.out or _free_directory(checkpoint)
     with directory_in_the_making(target) as staging:
+        fields = _manifest_fields(checkpoint, options, text, image, pca)
+        bundle = Bundle(staging, {**fields, "files": {}})  # their hashes come last
         arch = checkpoint.architecture
         write_text_atomically(staging / TOKENIZER, tokenizer_json(arch.context_length, arch.vocab_size))
-        sample = _sample(staging, checkpoint)
+        sample = sample_for(bundle)
         progress("running the torch towers")
-        reference = reference_from_towers(text, image, sample)
+        reference, activations = reference_from_towers(text, image, sample)
         if pca is not None:
             save_pca(pca, staging / PCA)
             reference = reference.with_pca(pca, options.pca_mode)
-        checks = list(_write_graphs(staging, text, image, reference, options.fp16, progress))
-        fields = _manifest_fields(checkpoint, options, text, image) | _pca_fields(pca, options.pca_mode)
-        _keep_self_check(staging, checkpoint, sample, reference)
-        write_manifest(staging, fields)
-        for runtime, precision in _runtimes(options.fp16):
-            progress(f"checking with {runtime} in {precision}")
-            bundle = load_bundle(staging, verify=False)
-            rounded = runtime == RoundedHalfBackend.name
-            backend = RoundedHalfBackend(bundle) if rounded else open_backend(bundle, runtime, precision)
-            checks.extend(verify_backend(backend, sample, reference))
-            backend.close()
-        if pca is not None and options.fp16:
-            progress("compiling the PCA head")
-            if reason := why_no_head(text, image, options.pca_mode):
-                if options.pca_in_engine:
-                    raise ExportError(f"The PCA cannot be put into the engine: {reason}. Leave --pca-in-engine out.")
-                logger.info("the bundle has no PCA head for GPUs beside its graphs: %s", reason)
-            else:
-                write_head(staging, text, image, pca, ARCHITECTURES)
-                write_manifest(staging, fields)
-                bundle = load_bundle(staging, verify=False)
-                checks.extend(head_checks(bundle, sample, reference, ARCHITECTURES[0]))
-                if options.pca_in_engine:
-                    write_plugin_graphs(bundle, ARCHITECTURES[0])
-        report = ParityReport(tuple(checks), reference.activations, len(sample.tokens), len(sample.pixels))
+        checks = [
+            *_write_graphs(bundle, text, image, activations, progress),
+            *_gate(bundle, sample, reference, progress),
+            *_write_head(bundle, text, image, options, sample, reference, progress),
+        ]
+        report = ParityReport(tuple(checks), activations, len(sample.tokens), len(sample.pixels))
         if report.failed:
             raise ParityError(
                 f"The export of {options.weights} failed {len(report.failed)} of {len(checks)} checks, so no bundle "
                 "was written. Please report this with the table above; another torch or onnxruntime version may help.",
                 report,
             )
+        _keep_self_check(bundle, sample, reference)
         progress("hashing")
         write_manifest(staging, {**fields, "parity": report.to_dict()})
     return load_bundle(target), report
+
+
+def _check(options: ExportOptions) -> None:
+    """Refuses, and says how to go on, before minutes of work."""
+    for module, extra in (("torch", "export"), ("open_clip", "export"), ("onnxruntime", "cpu")):
+        require(module, extra)
+    if options.out is not None and options.out.exists():
+        with directory_in_the_making(options.out):
+            pass
+    check_mode(options.pca_mode)
+    if options.pca_in_engine and (options.pca is None or not options.fp16):
+        raise ExportError("--pca-in-engine puts a PCA into fp16 graphs. Add --fp16 and --pca FILE.")
+
+
+def _towers(checkpoint: Checkpoint, options: ExportOptions, pca: Pca | None) -> tuple[TextTower, ImageTower]:
+    """Both, with the outputs that were asked for."""
+    text, image = towers_from_checkpoint(checkpoint)
+    text = text.with_outputs(_outputs(text, options.outputs))
+    image = image.with_outputs(_outputs(image, options.outputs))
+    if pca is None:
+        return text, image
+    pca.check_model(checkpoint.architecture.name, checkpoint.architecture.embed_dim, checkpoint.sha256 or "")
+    return text.with_pca(pca, options.pca_mode), image.with_pca(pca, options.pca_mode)
+
+
+def _gate(bundle: Bundle, sample: Sample, reference: Reference, progress: Progress) -> Iterator[Check]:
+    """Runs the files with everything that may run them."""
+    for runtime, precision in _runtimes("fp16" in bundle.precisions):
+        progress(f"checking with {runtime} in {precision}")
+        rounded = runtime == RoundedHalfBackend.name
+        with closed_after(
+            RoundedHalfBackend(bundle) if rounded else open_backend(bundle, runtime, precision)
+        ) as backend:
+            yield from verify_backend(backend, sample, reference)
+
+
+def _write_head(
+    bundle: Bundle,
+    text: TextTower,
+    image: ImageTower,
+    options: ExportOptions,
+    sample: Sample,
+    reference: Reference,
+    progress: Progress,
+) -> Iterator[Check]:
+    """Adds the PCA head for engines, where the bundle has a PCA and fp16 graphs."""
+    if bundle.pca is None or not options.fp16:
+        return
+    progress("compiling the PCA head")
+    if reason := why_no_head(text, image, options.pca_mode):
+        if options.pca_in_engine:
+            raise ExportError(f"The PCA cannot be put into the engine: {reason}. Leave --pca-in-engine out.")
+        logger.info("the bundle has no PCA head for GPUs beside its graphs: %s", reason)
+        return
+    write_head(bundle.path, text, image, bundle.pca, ARCHITECTURES)
+    yield from head_checks(bundle, sample, reference, ARCHITECTURES[0])
+    if options.pca_in_engine:
+        write_plugin_graphs(bundle, ARCHITECTURES[0])
 
 
 def stages(options: ExportOptions) -> int:
@@ -241,50 +272,42 @@ def _free_directory(checkpoint: Checkpoint) -> Path:
     return next(directory for directory in candidates if not directory.exists())
 
 
-def _transform(checkpoint: Checkpoint) -> ImageTransform:
-    return ImageTransform(checkpoint.architecture.image_size, checkpoint.image_mean, checkpoint.image_std)
-
-
-def _sample(staging: Path, checkpoint: Checkpoint) -> Sample:
-    tokenizer = Tokenizer.from_file(staging / TOKENIZER, checkpoint.architecture.context_length)
-    transform = _transform(checkpoint)
-    tokens = [entry.ids for entry in tokenizer.encode(parity_texts(tokenizer))]
-    return Sample(tokens, np.stack([transform(photo) for photo in example_photos()]))
-
-
-def _keep_self_check(staging: Path, checkpoint: Checkpoint, sample: Sample, reference: Reference) -> None:
+def _keep_self_check(bundle: Bundle, sample: Sample, reference: Reference) -> None:
     """Keeps a few of the sample's inputs, from the shortest to the longest text, and what the towers gave for them."""
     by_length = sorted(range(len(sample.tokens)), key=lambda index: len(sample.tokens[index]))
     count = min(TEXTS, len(by_length))
     chosen = [by_length[index * (len(by_length) - 1) // max(count - 1, 1)] for index in range(count)]
-    ids = pad_tokens([sample.tokens[index] for index in chosen], checkpoint.architecture.context_length)
-    crops = np.stack([_transform(checkpoint).crop(photo) for photo in example_photos()[:IMAGES]])
+    ids = pad_tokens([sample.tokens[index] for index in chosen], bundle.architecture.context_length)
+    crops = np.stack([bundle.transform.crop(photo) for photo in example_photos()[:IMAGES]])
     expected = {
         "text": {name: rows[chosen] for name, rows in reference.outputs["text"].items()},
         "image": {name: rows[:IMAGES] for name, rows in reference.outputs["image"].items()},
     }
-    write_self_check(staging, ids, crops, expected, reference.spans)
+    write_self_check(bundle.path, ids, crops, expected, reference.spans)
 
 
 def _write_graphs(
-    staging: Path, text: TextTower, image: ImageTower, reference: Reference, fp16: bool, progress: Progress
+    bundle: Bundle,
+    text: TextTower,
+    image: ImageTower,
+    activations: Sequence[BlockActivation],
+    progress: Progress,
 ) -> Iterator[Check]:
-    for precision in ("fp32", "fp16") if fp16 else ("fp32",):
+    for precision in bundle.precisions:
         towers: tuple[TextTower | ImageTower, ...] = (text, image)
         for kind, tower in zip(TOWERS, towers, strict=True):
             progress(f"exporting {kind} in {precision}")
-            kept = [entry.block for entry in reference.activations if entry.tower == kind and entry.keep_fp32]
+            kept = [entry.block for entry in activations if entry.tower == kind and entry.keep_fp32]
             kept = kept if precision == "fp16" else []
-            path = staging / onnx_name(kind, precision)
+            path = bundle.onnx(kind, precision)
             export_tower(half_tower(tower, kept) if precision == "fp16" else tower, path)
             yield from structure_checks(path, kind, precision, len(tower.blocks), len(kept))
 
 
 def _manifest_fields(
-    checkpoint: Checkpoint, options: ExportOptions, text: TextTower, image: ImageTower
+    checkpoint: Checkpoint, options: ExportOptions, text: TextTower, image: ImageTower, pca: Pca | None
 ) -> dict[str, Any]:
     architecture = checkpoint.architecture
-    transform = _transform(checkpoint)
     local = Path(options.weights)
     return {
         "name": architecture.name,
@@ -292,7 +315,11 @@ def _manifest_fields(
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "architecture": architecture.to_dict(),
         "context_length": architecture.context_length,
-        "image": {"size": transform.size, "mean": list(transform.mean), "std": list(transform.std)},
+        "image": {
+            "size": architecture.image_size,
+            "mean": list(checkpoint.image_mean),
+            "std": list(checkpoint.image_std),
+        },
         "outputs": {"text": list(text.outputs), "image": list(image.outputs)},
         "precisions": ["fp32", "fp16"] if options.fp16 else ["fp32"],
         "opset": OPSET,
@@ -306,13 +333,10 @@ def _manifest_fields(
             name: _version(name)
             for name in ("longclip-rt", "torch", "open_clip_torch", "onnx", "onnxscript", "onnxruntime", "openvino")
         },
+        **(
+            {} if pca is None else {"pca": {"sha256": pca.sha256, "k": pca.k, "mode": options.pca_mode, "fit": pca.fit}}
+        ),
     }
-
-
-def _pca_fields(pca: Pca | None, mode: str) -> dict[str, Any]:
-    if pca is None:
-        return {}
-    return {"pca": {"sha256": pca.sha256, "k": pca.k, "mode": mode, "fit": pca.fit}}
 
 
 def _version(distribution: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from longclip_rt.parity.gate import Check
+from longclip_rt.parity.limits import Check
 
 _FLOAT = 1  # onnx.TensorProto.FLOAT
 # An ArgMax over ids that a runtime lowers to half precision confuses SOT with EOT; Softmax and Trilu are what a fused

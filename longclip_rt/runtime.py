@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 
 from longclip_rt.backends.base import Float32
 from longclip_rt.backends.batching import plan_batches
-from longclip_rt.bundle.bundle import TOKENIZER, Bundle, default_bundle, load_bundle
+from longclip_rt.bundle.bundle import Bundle, default_bundle, load_bundle
 from longclip_rt.errors import InputError, PcaError
-from longclip_rt.model.preprocess import ImageTransform
-from longclip_rt.model.tokenizer import Tokenizer, pad_tokens
+from longclip_rt.model.tokenizer import pad_tokens
 from longclip_rt.opening import Backend, open_backend
 from longclip_rt.pca.basis import Pca, check_mode, load_pca
 
@@ -47,11 +46,9 @@ class Embedder:
         self.backend = backend
         self.pca = pca
         self.pca_mode = pca_mode
-        self.tokenizer = Tokenizer.from_file(bundle.file(TOKENIZER), bundle.architecture.context_length)
+        self.tokenizer, self.transform = bundle.tokenizer, bundle.transform
         # The kernel gives float32 vectors of the same PCA, within the backend's own error.
         self._fused = pca is not None and pca_mode == "project" and backend.fused_pca == pca.sha256
-        image = bundle.manifest["image"]
-        self.transform = ImageTransform(image["size"], tuple(image["mean"]), tuple(image["std"]))
 
     @classmethod
     def from_bundle(

@@ -75,6 +75,7 @@ def pca_bundle(tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     import numpy as np
 
     from longclip_rt.export import exporter
+    from longclip_rt.parity import gate
     from longclip_rt.pca.basis import Basis, Pca, save_pca
 
     folder = tmp_path_factory.mktemp("pca bundles")
@@ -82,9 +83,9 @@ def pca_bundle(tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     basis, _ = np.linalg.qr(rng.standard_normal((32, 32)))
     mean, variances = 0.01 * rng.standard_normal(32), np.linspace(2, 1, 32)
     save_pca(Pca({"joint": Basis(mean, basis[:, :8], variances, 100)}), folder / "pca.safetensors")
-    pca, texts = folder / "pca.safetensors", exporter.parity_texts
+    pca, texts = folder / "pca.safetensors", gate.parity_texts
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporter, "parity_texts", lambda tokenizer: texts(tokenizer)[::6])
+        patch.setattr(gate, "parity_texts", lambda tokenizer: texts(tokenizer)[::6])
         patch.setattr(exporter, "_runtimes", lambda fp16: [("onnxruntime", "fp32")])  # the others have their own tests
         options = exporter.ExportOptions(str(tiny_weights), folder / "bundle", True, pca=pca, pca_in_engine=True)
         exporter.export_bundle(options)

@@ -14,9 +14,8 @@ from tiny_models import token_ids
 
 from longclip_rt.bundle.bundle import load_bundle
 from longclip_rt.errors import BackendError
-from longclip_rt.model.towers import towers_from_checkpoint
 from longclip_rt.opening import availability, open_backend
-from longclip_rt.weights.checkpoint import load_checkpoint
+from longclip_rt.weights.checkpoint import load_checkpoint, towers_from_checkpoint
 
 IDS = token_ids([3, 20, 9, 40], width=40).numpy()
 PIXELS = np.random.default_rng(0).standard_normal((3, 3, 24, 24)).astype(np.float32)

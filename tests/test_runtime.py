@@ -13,8 +13,7 @@ from longclip_rt import Embedder
 from longclip_rt.bundle.bundle import bundles_home
 from longclip_rt.bundle.samples import example_captions, example_photos
 from longclip_rt.errors import BundleError, InputError
-from longclip_rt.model.towers import towers_from_checkpoint
-from longclip_rt.weights.checkpoint import load_checkpoint
+from longclip_rt.weights.checkpoint import load_checkpoint, towers_from_checkpoint
 
 
 @pytest.fixture(scope="module")

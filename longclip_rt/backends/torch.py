@@ -24,8 +24,7 @@ class TorchBackend(Backend):
     def __init__(self, bundle: Bundle, precision: str) -> None:
         super().__init__(bundle, precision)
         self._torch: Any = require("torch", "export")
-        from longclip_rt.model.towers import towers_from_checkpoint
-        from longclip_rt.weights.checkpoint import load_checkpoint
+        from longclip_rt.weights.checkpoint import load_checkpoint, towers_from_checkpoint
 
         source = bundle.manifest["source"]
         try:

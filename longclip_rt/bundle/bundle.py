@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from longclip_rt.errors import BundleError, OutputError, PcaError
 from longclip_rt.model.architecture import Architecture
+from longclip_rt.model.preprocess import ImageTransform
+from longclip_rt.model.tokenizer import Tokenizer
 from longclip_rt.system.files import sha256_of_file, sha256_of_json, write_text_atomically
 
 if TYPE_CHECKING:
@@ -58,6 +60,17 @@ class Bundle:
     def architecture(self) -> Architecture:
         """The model's numbers."""
         return Architecture.from_dict(self.manifest["architecture"])
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Texts to token ids, as many as the context length at most."""
+        return Tokenizer.from_file(self.file(TOKENIZER), self.architecture.context_length)
+
+    @cached_property
+    def transform(self) -> ImageTransform:
+        """Images to crops and pixels."""
+        image = self.manifest["image"]
+        return ImageTransform(image["size"], tuple(image["mean"]), tuple(image["std"]))
 
     @property
     def trained(self) -> bool:

@@ -14,7 +14,7 @@ from longclip_rt.system.streams import told_at_best
 if TYPE_CHECKING:
     from longclip_rt.export.exporter import ParityReport
     from longclip_rt.export.tensorrt.build import Builders
-    from longclip_rt.parity.gate import Check
+    from longclip_rt.parity.limits import Check
 
 FP16_MAX = 65504.0
 DEFAULT_WEIGHTS = "BeichenZhang/LongCLIP-B"

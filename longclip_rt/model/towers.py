@@ -19,7 +19,6 @@ from longclip_rt.system.extras import require
 if TYPE_CHECKING:
     from longclip_rt.model.pca_head import PcaHead
     from longclip_rt.pca.basis import Pca
-    from longclip_rt.weights.checkpoint import Checkpoint
 
 AnyTower = TypeVar("AnyTower", bound="_Tower")
 Pick = Callable[[Tensor], Tensor]
@@ -354,21 +353,3 @@ def open_clip_model(architecture: Architecture, state_dict: dict[str, Tensor]) -
         )
     model.load_state_dict(state_dict, strict=True, assign=True)
     return model.requires_grad_(False).eval()
-
-
-def towers_from_checkpoint(checkpoint: Checkpoint) -> tuple[TextTower, ImageTower]:
-    """Builds both towers around a checkpoint's weights, without copying them.
-
-    Args:
-        checkpoint: What `load_checkpoint` returned.
-
-    Returns:
-        The text tower and the image tower, float32, on the CPU, in eval mode, without gradients.
-
-    Raises:
-        MissingExtraError: open_clip is not installed.
-    """
-    model = open_clip_model(checkpoint.architecture, checkpoint.state_dict)
-    text = TextTower(checkpoint.architecture, model)
-    image = ImageTower(checkpoint.architecture, model)
-    return text.eval(), image.eval()

@@ -1,162 +1,25 @@
-"""The parity gate: the exported files against the torch towers, on real captions and photographs."""
+"""The parity gate: a backend against the torch towers, or what stands in for them, on real captions and photographs."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from longclip_rt.backends.base import Float32
+from longclip_rt.backends.base import Backend, Float32
 from longclip_rt.backends.batching import plan_batches
+from longclip_rt.bundle.bundle import Bundle
+from longclip_rt.bundle.samples import example_photos, parity_texts
 from longclip_rt.model.tokenizer import pad_tokens
-from longclip_rt.opening import Backend
-from longclip_rt.pca.basis import Pca
-
-if TYPE_CHECKING:  # a machine that serves has no torch, and runs the gate against the bundle's own fp32 graphs
-    from longclip_rt.export.precision import BlockActivation
-    from longclip_rt.model.towers import ImageTower, TextTower
-
-Ids = NDArray[np.int32]
+from longclip_rt.parity.limits import LIMITS, LOOSEST, Check, Ids, Reference, Sample
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What one precision must keep to.
-
-    Attributes:
-        parity: `max difference` bounds the largest difference of any component to the torch towers, `1 - cosine`
-            that of the vector that fares worst.
-        bound: That bound.
-        invariance: Bound on the largest difference of a component when a text or image is computed in another batch,
-            at another place in it, or with more padding. Rounding differs there with the order of summation.
-    """
-
-    parity: Literal["max difference", "1 - cosine"]
-    bound: float
-    invariance: float
-
-
-# Components of normalised vectors are about 0.04 (D = 512); a rounding step there is 3e-5 in fp16 and 2e-4 in bf16.
-LIMITS = {
-    "fp32": Limits("max difference", 1e-4, 1e-5),
-    "fp16": Limits("1 - cosine", 1e-3, 2e-3),
-    "bf16": Limits("1 - cosine", 1e-2, 2e-2),
-}
-
-
-# A PCA output whose rows are so short before they are normalised that its limit would be larger is refused: the model's
-# own error drowns it, and a PCA of more components, or fitted to more of the model's embeddings, is needed.
-LOOSEST = 0.1
-
-
-@dataclass(frozen=True)
-class Sample:
-    """The inputs of the gate.
-
-    Attributes:
-        tokens: Token ids of each text, [n] int32, SOT to EOT, at most the context length.
-        pixels: Normalised photographs [N, 3, H, W] float32.
-    """
-
-    tokens: list[Ids]
-    pixels: Float32
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What the fp32 torch towers give on the sample, every text padded to the context length (the reference way).
-
-    Attributes:
-        outputs: Tower -> output name -> [N, ...] float32.
-        activations: The largest activation of each block of each tower.
-        spans: Least length of a PCA output's rows before they are scaled to length 1, at most 1, by output name. An
-            embedding's error grows by its inverse there, and so do the limits.
-    """
-
-    outputs: dict[str, dict[str, Float32]]
-    activations: tuple[BlockActivation, ...]
-    spans: dict[str, float] = dataclasses.field(default_factory=dict)
-
-    def with_pca(self, pca: Pca, mode: str) -> Reference:
-        """With `text_pca` and `image_pca` as the PCA makes them, in float64, of the embeddings here."""
-        outputs, spans = {}, {}
-        for tower, named in self.outputs.items():
-            embeddings = named[f"{tower}_embeds"]
-            outputs[tower] = {**named, f"{tower}_pca": pca.apply(embeddings, tower, mode)}
-            lengths = np.linalg.norm(pca.apply(embeddings, tower, mode, normalize=False), axis=1)
-            spans[f"{tower}_pca"] = min(1.0, float(lengths.min()))
-        return dataclasses.replace(self, outputs=outputs, spans=spans)
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of the report: `value` was measured and held against `limit`.
-
-    Attributes:
-        runtime: Which backend ran the files.
-        precision: In what.
-        tower: `text` or `image`.
-        name: What was checked.
-        value: The figure: a difference, or a number of defects.
-        limit: The largest value that passes.
-    """
-
-    runtime: str
-    precision: str
-    tower: str
-    name: str
-    value: float
-    limit: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether it holds. A NaN never does."""
-        return self.value <= self.limit
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for the manifest; a figure that is not finite becomes text, which JSON can hold."""
-        fields = {**dataclasses.asdict(self), "passed": self.passed}
-        if not np.isfinite(self.value):
-            fields["value"] = str(self.value)
-        return fields
-
-
-def reference_from_towers(
-    text: TextTower, image: ImageTower, sample: Sample, step: Callable[[int], None] = lambda count: None
-) -> Reference:
-    """Runs the fp32 towers over the sample and measures the activations inside every block on the way.
-
-    Args:
-        text: The text tower, in fp32, with the outputs that are exported.
-        image: The image tower, likewise.
-        sample: The inputs.
-        step: Called with the number of inputs done after each batch.
-    """
-    import torch
-
-    from longclip_rt.export.precision import ActivationRecorder
-
-    context = text.architecture.context_length
-    recorders = [ActivationRecorder(text), ActivationRecorder(image)]
-    outputs = {}
-    with torch.inference_mode():
-        for tower, recorder, inputs in (
-            (text, recorders[0], pad_tokens(sample.tokens, context)),
-            (image, recorders[1], sample.pixels),
-        ):
-            batches = []
-            with recorder.record():
-                for start in range(0, len(inputs), 4):
-                    batch = torch.from_numpy(inputs[start : start + 4])
-                    batches.append([output.numpy() for output in tower(batch)])
-                    step(len(batch))
-            joined = [np.concatenate(parts) for parts in zip(*batches, strict=True)]
-            outputs["text" if tower is text else "image"] = dict(zip(tower.outputs, joined, strict=True))
-    return Reference(outputs, tuple(entry for recorder in recorders for entry in recorder.activations()))
+def sample_for(bundle: Bundle) -> Sample:
+    """The gate's texts and photographs, as a bundle's tokenizer and image size make them."""
+    tokens = [entry.ids for entry in bundle.tokenizer.encode(parity_texts(bundle.tokenizer))]
+    return Sample(tokens, np.stack([bundle.transform(photo) for photo in example_photos()]))
 
 
 def reference_from_backend(backend: Backend, sample: Sample) -> Reference:
@@ -175,7 +38,7 @@ def reference_from_backend(backend: Backend, sample: Sample) -> Reference:
         batches = [backend.run(tower, inputs[start : start + 8], names) for start in range(0, len(inputs), 8)]
         joined = [np.concatenate(parts) for parts in zip(*batches, strict=True)]
         outputs[tower] = dict(zip(names, joined, strict=True))
-    return Reference(outputs, ())
+    return Reference(outputs)
 
 
 def verify_backend(backend: Backend, sample: Sample, reference: Reference) -> Iterator[Check]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from longclip_rt.backends.base import EMBEDDINGS, Backend, Float32
 from longclip_rt.bundle.bundle import TOWERS, Bundle
 from longclip_rt.errors import BackendError
-from longclip_rt.model.preprocess import ImageTransform
+from longclip_rt.parity.limits import LIMITS, LOOSEST
 from longclip_rt.pca.basis import unit_rows
 from longclip_rt.system.files import output_errors
 
@@ -70,8 +70,6 @@ def run_self_check(backend: Backend) -> None:
     Raises:
         BackendError: A vector differs from its figure by more than the export's gate allows.
     """
-    from longclip_rt.parity.gate import LIMITS, LOOSEST
-
     arrays = _figures(backend.bundle)
     if arrays is None:
         return
@@ -112,8 +110,7 @@ def _figures(bundle: Bundle) -> dict[str, NDArray[np.generic]] | None:
 def _inputs(bundle: Bundle, tower: str, array: NDArray[np.generic]) -> NDArray[np.generic]:
     if tower == "text":
         return array
-    image = bundle.manifest["image"]
-    return ImageTransform(image["size"], tuple(image["mean"]), tuple(image["std"])).normalize(array.astype(np.uint8))
+    return bundle.transform.normalize(array.astype(np.uint8))
 
 
 def _batches(inputs: NDArray[np.generic], tower: str, eot: int) -> list[tuple[NDArray[np.generic], slice]]:

@@ -31,7 +31,16 @@ from longclip_rt.weights.refusals import refuse_incomplete_models, refuse_other_
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Activation", "Checkpoint", "checkpoint_from_tensors", "load_checkpoint", "random_state_dict"]
+    from longclip_rt.model.towers import ImageTower, TextTower
+
+__all__ = [
+    "Activation",
+    "Checkpoint",
+    "checkpoint_from_tensors",
+    "load_checkpoint",
+    "random_state_dict",
+    "towers_from_checkpoint",
+]
 
 _log = logging.getLogger("longclip_rt")
 
@@ -289,3 +298,23 @@ def _quick_gelu(config: ModelConfig, activation: Activation | None, notes: list[
         )
         return True
     return config.quick_gelu
+
+
+def towers_from_checkpoint(checkpoint: Checkpoint) -> tuple[TextTower, ImageTower]:
+    """Builds both towers around a checkpoint's weights, without copying them.
+
+    Args:
+        checkpoint: What `load_checkpoint` returned.
+
+    Returns:
+        The text tower and the image tower, float32, on the CPU, in eval mode, without gradients.
+
+    Raises:
+        MissingExtraError: open_clip is not installed.
+    """
+    from longclip_rt.model.towers import ImageTower, TextTower, open_clip_model
+
+    model = open_clip_model(checkpoint.architecture, checkpoint.state_dict)
+    text = TextTower(checkpoint.architecture, model)
+    image = ImageTower(checkpoint.architecture, model)
+    return text.eval(), image.eval()

@@ -17,9 +17,10 @@ from longclip_rt.export.precision import half_tower
 from longclip_rt.export.tensorrt.head import head_from_states, head_variants, why_no_head, write_head
 from longclip_rt.export.tensorrt.head_graph import has_head, with_head_plugin, with_head_states
 from longclip_rt.kernels.aot import compile_variant
-from longclip_rt.model.towers import ImageTower, TextTower, towers_from_checkpoint
+from longclip_rt.model.towers import ImageTower, TextTower
 from longclip_rt.pca.basis import Basis, Pca
 from longclip_rt.tensorrt.head import KERNELS, PARAMETERS, HeadFiles, copy_head, load_head, pca_name, states_name
+from longclip_rt.weights.checkpoint import towers_from_checkpoint
 
 onnx = pytest.importorskip("onnx")
 needs_triton = pytest.mark.skipif(

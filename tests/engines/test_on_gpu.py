@@ -45,9 +45,9 @@ def test_what_is_copied_in_comes_out() -> None:
 @pytest.mark.parametrize("rows", [1, 16, 17, 333, 4096])
 def test_the_compiled_head_gives_the_pca_alone_and_in_a_graph(rows: int, tmp_path: Path) -> None:
     from longclip_rt.export.tensorrt.head import head_from_states, write_head
-    from longclip_rt.model.towers import towers_from_checkpoint
     from longclip_rt.pca.basis import Basis, Pca
     from longclip_rt.tensorrt.head import HeadKernel, load_head
+    from longclip_rt.weights.checkpoint import towers_from_checkpoint
 
     rng = np.random.default_rng(0)
     basis, _ = np.linalg.qr(rng.standard_normal((32, 32)))

@@ -90,7 +90,7 @@ def test_a_block_kept_in_fp32_may_and_no_other(tmp_path: Path) -> None:
     """A really exported text tower, the second of whose blocks is in fp32."""
     from longclip_rt.export.onnx import export_tower
     from longclip_rt.export.precision import half_tower
-    from longclip_rt.model.towers import towers_from_checkpoint
+    from longclip_rt.weights.checkpoint import towers_from_checkpoint
 
     tower, _ = towers_from_checkpoint(tiny_checkpoint())
     bundle = load_bundle(shutil.copytree(MODEL, tmp_path / "bundle"))

@@ -24,11 +24,13 @@ from longclip_rt.errors import ExportError, LongClipError, MissingExtraError, Ou
 from longclip_rt.export import exporter, precision
 from longclip_rt.export.exporter import ExportOptions, ParityError, export_bundle, stages
 from longclip_rt.export.precision import ActivationRecorder, half_tower
+from longclip_rt.export.reference import reference_from_towers
 from longclip_rt.export.rounding import rounded_model
 from longclip_rt.export.structure import structure_checks
-from longclip_rt.model.towers import towers_from_checkpoint
 from longclip_rt.opening import open_backend
-from longclip_rt.parity.gate import Sample, changed_neighbours, reference_from_towers, verify_backend
+from longclip_rt.parity.gate import changed_neighbours, verify_backend
+from longclip_rt.parity.limits import Sample
+from longclip_rt.weights.checkpoint import towers_from_checkpoint
 from longclip_rt.weights.convert import save_converted
 
 
@@ -245,7 +247,7 @@ def test_the_gate_knows_a_cut_vocabularys_end_token(cut_bundle: Bundle, tmp_path
     towers = towers_from_checkpoint(tiny_checkpoint(vocab_size=8192))
     tokens = [row.numpy() for row in token_ids([9] * 4, width=9, vocab_size=8192)]
     sample = Sample(tokens, torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0)).numpy())
-    reference = reference_from_towers(*towers, sample)
+    reference, _ = reference_from_towers(*towers, sample)
 
     def failed() -> set[str]:
         backend = open_backend(bundle, "onnxruntime", "fp32")

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel
 
 from longclip_rt.errors import LongClipError
-from longclip_rt.model.towers import ImageTower, TextTower, towers_from_checkpoint
-from longclip_rt.weights.checkpoint import Checkpoint
+from longclip_rt.model.towers import ImageTower, TextTower
+from longclip_rt.weights.checkpoint import Checkpoint, towers_from_checkpoint
 from longclip_rt.weights.convert import huggingface_config
 from longclip_rt.weights.naming import huggingface_names
 

@@ -26,9 +26,10 @@ from longclip_rt.export import exporter
 from longclip_rt.export.exporter import ExportOptions, ParityError, export_bundle
 from longclip_rt.export.onnx import export_tower
 from longclip_rt.formats.embeddings import load_embeddings
-from longclip_rt.model.towers import towers_from_checkpoint
+from longclip_rt.parity import gate
 from longclip_rt.pca.basis import Pca, load_pca, save_pca
 from longclip_rt.search.nearest import search_query
+from longclip_rt.weights.checkpoint import towers_from_checkpoint
 
 FILES = Path(__file__).parents[2] / "examples" / "files.txt"
 K = 6
@@ -61,9 +62,9 @@ def folder(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def with_pca(folder: Path, tiny_weights: Path) -> Path:
     """A bundle that carries the PCA; the gate ran on a sixth of its texts, to save time."""
-    out, texts = folder / "bundle", exporter.parity_texts
+    out, texts = folder / "bundle", gate.parity_texts
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporter, "parity_texts", lambda tokenizer: texts(tokenizer)[::6])
+        patch.setattr(gate, "parity_texts", lambda tokenizer: texts(tokenizer)[::6])
         pca = ("--pca", folder / "joint.safetensors", "--pca-in-engine")
         run(export, "--weights", tiny_weights, "--out", out, "--fp16", *pca)
     return out
@@ -228,8 +229,8 @@ def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[np.ndarray], np.nda
 def test_a_wrong_head_ends_the_export(
     tiny_weights: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    texts = exporter.parity_texts
-    monkeypatch.setattr(exporter, "parity_texts", lambda tokenizer: texts(tokenizer)[::6])
+    texts = gate.parity_texts
+    monkeypatch.setattr(gate, "parity_texts", lambda tokenizer: texts(tokenizer)[::6])
     spoil(monkeypatch, lambda values: values[:, ::-1])
     with pytest.raises(ParityError) as caught:
         export_bundle(ExportOptions(str(tiny_weights), tmp_path / "new", pca=folder / "joint.safetensors"))

@@ -26,12 +26,11 @@ from train_case import (
 import longclip_rt.train.loop as loop
 from longclip_rt.errors import TrainingError, WeightsError
 from longclip_rt.model.positions import stretch_positions
-from longclip_rt.model.towers import towers_from_checkpoint
 from longclip_rt.train.loop import TrainReport, train
 from longclip_rt.train.run.checkpoints import FOLDER
 from longclip_rt.train.run.report import METRICS_FILE, read_metrics
 from longclip_rt.train.run.results import BAD_ROWS, WEIGHTS
-from longclip_rt.weights.checkpoint import load_checkpoint
+from longclip_rt.weights.checkpoint import load_checkpoint, towers_from_checkpoint
 
 HERE = Path(__file__).parent
 RECALLS = [f"{kind}_{way}_r{k}" for kind in ("long", "short") for way in ("i2t", "t2i") for k in (1, 5, 10)]

@@ -11,9 +11,8 @@ from train_case import SMALL, VOCABULARY, batch_of, clip_weights, small_model
 
 from longclip_rt.errors import WeightsError
 from longclip_rt.model.positions import stretch_positions
-from longclip_rt.model.towers import towers_from_checkpoint
 from longclip_rt.train.model import TrainableClip, stretched
-from longclip_rt.weights.checkpoint import Checkpoint, load_checkpoint
+from longclip_rt.weights.checkpoint import Checkpoint, load_checkpoint, towers_from_checkpoint
 from longclip_rt.weights.convert import write_weights
 from longclip_rt.weights.random import random_state_dict
 

@@ -15,8 +15,7 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, CLIPToken
 
 from longclip_rt.commands.convert import convert
 from longclip_rt.errors import OutputError
-from longclip_rt.model.towers import towers_from_checkpoint
-from longclip_rt.weights.checkpoint import Checkpoint, checkpoint_from_tensors, load_checkpoint
+from longclip_rt.weights.checkpoint import Checkpoint, checkpoint_from_tensors, load_checkpoint, towers_from_checkpoint
 from longclip_rt.weights.convert import Format, save_converted
 
 NAMES: dict[Format, str] = {"longclip": "converted.safetensors", "huggingface": "hf", "open_clip": "oc"}
