@@ -43,12 +43,12 @@ def take_up(workspace: Workspace, state: dict[str, str], *, overwrite: bool, res
             f"{str(workspace.folder)!r} holds work that was begun differently: {_difference(begun, state)}. Repeat the "
             "command as it was to go on with it, or add --restart to discard it."
         )
+    check_sidecar(files)
     if begun is not None and workspace.is_ready():
         workspace.publish()
         if begun == state:
             return Totals.from_metadata(read_metadata(files.main), PREFIX)
         begun = None
-    _check_sidecar(files)
     existing = [path for path in files.all if path.exists() and path != files.rejects]
     if existing and not overwrite:
         metadata = _metadata_or_none(files.main) or {}
@@ -75,8 +75,12 @@ def _goes_on(begun: Mapping[str, str], state: Mapping[str, str]) -> bool:
     return differing <= {"places"} or differing <= {"files"}
 
 
-def _check_sidecar(files: OutputFiles) -> None:
-    """Refuses to take the `.meta.json` from another output of the same stem: `a.npy` and `a.jsonl` would share it."""
+def check_sidecar(files: OutputFiles) -> None:
+    """Refuses to take the `.meta.json` from another output of the same stem: `a.npy` and `a.jsonl` would share it.
+
+    Raises:
+        OutputError: When there is one.
+    """
     for suffix in FORMATS:
         other = OutputFiles.from_path(files.main.with_suffix(suffix))
         if other != files and other.meta is not None and other.meta == files.meta and _metadata_or_none(other.main):

@@ -41,12 +41,12 @@ def test_killed_at_any_operation_it_goes_on_to_the_same_bytes(inputs, arguments)
 class StopAfterShard(Stop):
     """Stops at the first sign of progress after a shard of `out.parquet` was committed."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, folder: Path = Path()) -> None:
         super().__init__(10**9, KeyboardInterrupt())
-        self.number = number
+        self.record = folder / f"out.parquet.parts/{number:06}.json"
 
     def advance(self, entries):
-        if Path(f"out.parquet.parts/{self.number:06}.json").exists():
+        if self.record.exists():
             raise KeyboardInterrupt
 
 
@@ -152,6 +152,17 @@ def test_two_outputs_of_one_stem_do_not_share_their_metadata():
     embed("out.parquet")
     with pytest.raises(OutputError, match=r"'out.meta.json' belongs to 'out.npy'"):
         embed("out.jsonl", overwrite=True)
+    assert len(load_embeddings("out.npy").ids) == 28
+
+
+def test_two_outputs_of_one_stem_made_at_once_do_not_share_their_metadata_either() -> None:
+    class Meanwhile(Stop):
+        def begin(self, total, done, columns):
+            embed("out.npy")
+
+    for _ in range(2):
+        with pytest.raises(OutputError, match=r"'out.meta.json' belongs to 'out.npy'"):
+            embed("out.jsonl", progress=Meanwhile(1000, KeyboardInterrupt()))
     assert len(load_embeddings("out.npy").ids) == 28
 
 
@@ -291,20 +302,21 @@ def test_from_another_working_directory_relative_paths_lead_elsewhere(
 
     for folder, colour in (("one", "red"), ("other", "blue")):
         (tmp_path / folder).mkdir()
-        for number in range(12):
-            Image.new("RGB", (40, 40), colour).save(tmp_path / folder / f"{number}.png")
+        for number in range(60):
+            Image.new("RGB", (40, 40), colour).save(file := tmp_path / folder / f"{number}.bmp")
+            os.utime(file, (0, 0))  # as archives give: sizes and times are no help
     lists = tmp_path / "lists"
     lists.mkdir()
-    (lists / "files.txt").write_text("".join(f"{number}.png\n" for number in range(12)))
+    (lists / "files.txt").write_text("".join(f"{number}.bmp\n" for number in range(60)))
     given = [str(lists / "files.txt")], tmp_path / "out.parquet", FakeEmbedder(), EmbedOptions(shard_size=4)
     monkeypatch.chdir(tmp_path / "one")
     with pytest.raises(KeyboardInterrupt):
-        embed_files(*given, Stop(8, KeyboardInterrupt()))
+        embed_files(*given, StopAfterShard(0, tmp_path))
     monkeypatch.chdir(tmp_path / "other")
     with pytest.raises(ResumeError, match="relative paths lead to other files from this working directory"):
         embed_files(*given)
     monkeypatch.chdir(tmp_path / "one")
-    assert embed_files(*given).totals.rows == 12
+    assert embed_files(*given).totals.rows == 60
     monkeypatch.chdir(tmp_path / "other")
     with pytest.raises(OutputError, match=r"exists already \(relative paths lead to other files"):
         embed_files(*given)

@@ -13,6 +13,9 @@ from longclip_rt.embedding.inputs.entries import MAX_TEXT_BYTES, Entry
 from longclip_rt.errors import InputError
 from longclip_rt.system.files import tells_of_system
 
+# Files whose first 64 KiB are read twice.
+_BEGINNINGS = 64
+
 
 def _candidates(entry: Entry) -> list[str]:
     """Where the file that an entry names may be: in the working directory, then in the list's folder."""
@@ -21,11 +24,20 @@ def _candidates(entry: Entry) -> list[str]:
     return [entry.id, os.path.join(entry.base, entry.id)]  # noqa: PTH118
 
 
+def _beginning(path: str) -> bytes:
+    try:
+        with Path(path).open("rb") as stream:
+            return hashlib.sha256(stream.read(1 << 16)).digest()
+    except OSError:
+        return b"unreadable"
+
+
 class FilesDigest:
     """Running SHA-256s over the files that entries lead to from here: where they are, and whether they are the same.
 
-    A file is taken for the same while it has the same size and the same time of its last change, as `make` and `rsync`
-    take it: to read a million files twice would double the work. That is one `stat` an entry, some microseconds.
+    A file is taken for the same while it has the same size and the same time of its last change, as `rsync` takes it:
+    to read a million files twice would double the work. That is one `stat` an entry, some microseconds. Archives can
+    give equal times to files of equal sizes, so the beginnings of the first files are compared as well.
     """
 
     def __init__(self) -> None:
@@ -33,6 +45,7 @@ class FilesDigest:
         self._places = hashlib.sha256()
         self._states = hashlib.sha256()
         self._relative = self._any = False
+        self._to_read = _BEGINNINGS
 
     def add(self, entry: Entry) -> bytes:
         """Takes one entry in. Returns what tells its file's state from another; empty where it names none."""
@@ -44,6 +57,9 @@ class FilesDigest:
                 status = os.stat(path)  # noqa: PTH116
                 if stat.S_ISREG(status.st_mode):
                     state = b"%d %d" % (status.st_size, status.st_mtime_ns)
+                    if self._to_read:
+                        self._to_read -= 1
+                        state += _beginning(path)
                     break
         if not os.path.isabs(entry.id):  # noqa: PTH117 a Path for each of a million entries takes longer than its stat
             self._relative = True
