@@ -26,15 +26,14 @@ __all__ = [
 
 logger = logging.getLogger("longclip_rt")
 
-GPU_BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime-tensorrt")
-"""Those that run on NVIDIA GPUs."""
+GPU_BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda")
+"""Those that run on NVIDIA GPUs alone; `torch` does too, where it was built for CUDA."""
 
 BACKENDS = (*GPU_BACKENDS, "openvino", "onnxruntime", "torch")
 """Every backend, as `--backend` takes them."""
 
 AUTO_ORDER = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "openvino", "onnxruntime")
-"""What `auto` tries, in this order. Not `torch`, the reference: it is slower, and needs more than the bundle. Nor
-`onnxruntime-tensorrt`, which builds engines for minutes at its first batch."""
+"""What `auto` tries, in this order. Not `torch`, the reference: it is slower, and needs more than the bundle."""
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -42,7 +41,6 @@ _NEEDED = {
     "tensorrt": ("tensorrt", "cuda.core"),
     "tensorrt-rtx": ("tensorrt_rtx", "cuda.core"),
     "onnxruntime-cuda": ("onnxruntime",),
-    "onnxruntime-tensorrt": ("onnxruntime",),
     "openvino": ("openvino",),
     "onnxruntime": ("onnxruntime",),
     "torch": ("torch", "open_clip"),
@@ -51,7 +49,6 @@ _REMEDIES = {
     "tensorrt": 'pip install "longclip-rt[gpu,tensorrt]"',
     "tensorrt-rtx": 'pip install "longclip-rt[gpu,rtx]"',
     "onnxruntime-cuda": 'pip install "longclip-rt[gpu]"',
-    "onnxruntime-tensorrt": 'pip install "longclip-rt[gpu]"',
     "openvino": 'pip install "longclip-rt"',
     "onnxruntime": 'pip install "longclip-rt[cpu]"',
     "torch": 'pip install "longclip-rt[export]"',
@@ -159,7 +156,7 @@ def open_backend(
         offered = [
             each for each in state.precisions if not _reads_fp16(name) or each != "fp16" or "fp16" in bundle.precisions
         ]
-        if devices is not None and name not in GPU_BACKENDS:
+        if devices is not None and not _runs_on_gpu(name):
             passed_over.append(f"{name} runs on the CPU, and GPUs were asked for")
         elif not state.usable:
             passed_over.append(f"{name}: {state.reason}; mend it with: {state.remedy}")
@@ -193,8 +190,17 @@ def _reads_fp16(name: str) -> bool:
     return name == "onnxruntime" or name in GPU_BACKENDS
 
 
+def _runs_on_gpu(name: str) -> bool:
+    """Whether a backend runs on a GPU here; PyTorch does where it was built for CUDA and sees one."""
+    if name != "torch" or not machine.cuda_devices():
+        return name in GPU_BACKENDS
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
 def _opened(bundle: Bundle, name: str, precision: str, devices: Sequence[int] | None) -> Backend:
-    if name in GPU_BACKENDS:
+    if _runs_on_gpu(name):
         return _on_gpus(_gpu_backend(name), bundle, precision, devices or (0,))
     backend = _cpu_backend(name)(bundle, precision)
     backend.prepare()
@@ -220,11 +226,13 @@ def _gpu_backend(name: str) -> Callable[[Bundle, str, int], Backend]:
         from longclip_rt.tensorrt import backend as tensorrt
 
         return tensorrt.TensorrtBackend if name == "tensorrt" else tensorrt.TensorrtRtxBackend
-    from longclip_rt.backends import onnxruntime
+    if name == "torch":
+        from longclip_rt.backends.torch import TorchBackend
 
-    if name == "onnxruntime-cuda":
-        return onnxruntime.OnnxRuntimeCudaBackend
-    return onnxruntime.OnnxRuntimeTensorrtBackend
+        return TorchBackend
+    from longclip_rt.backends.onnxruntime import OnnxRuntimeCudaBackend
+
+    return OnnxRuntimeCudaBackend
 
 
 def _on_gpus(
