@@ -1,4 +1,4 @@
-# make demo, test, test-gpu, lint, bench, tiny, study, docs: each makes .venv, installs what it needs, and nothing else.
+# make demo, test, test-gpu, fuzz, lint, bench, tiny, study, docs: each makes .venv, installs what it needs, and nothing else.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
@@ -8,7 +8,7 @@ BUILT_IN := longclip_rt/assets/tiny
 B16 := $(DEMO)/vit-b-16
 L14 := $(DEMO)/vit-l-14
 
-.PHONY: demo test test-gpu lint bench tiny study docs clean
+.PHONY: demo test test-gpu fuzz lint bench tiny study docs clean
 
 .venv/.made:
 	$(PYTHON) -m venv .venv
@@ -41,6 +41,12 @@ test: lint
 test-gpu: .venv/.dev-installed
 	LONGCLIP_RT_TEST_GPU=1 $(BIN)/python -m pytest -m gpu tests/kernels tests/train tests/engines/test_on_gpu.py
 	$(BIN)/python benchmarks/pca_head.py
+
+# Spoiled files of every kind, drawn at random for FUZZ_SECONDS; the counts go into docs/robustness.md. What is found
+# lies in fuzz-findings/, and its seed in tests/fuzz/seeds.txt, which the next run and make test try again.
+FUZZ_SECONDS ?= 600
+fuzz: .venv/.dev-installed
+	$(BIN)/python tests/fuzz/fuzz.py --seconds $(FUZZ_SECONDS)
 
 lint: .venv/.dev-installed
 	$(BIN)/ruff check .

@@ -156,6 +156,7 @@ def export_bundle(options: ExportOptions, progress: Progress = lambda stage: Non
         sample = sample_for(bundle)
         progress("running the torch towers")
         reference, activations = reference_from_towers(text, image, sample)
+        _refuse_without_vectors(reference, options.weights)
         if pca is not None:
             save_pca(pca, staging / PCA)
             reference = reference.with_pca(pca, options.pca_mode)
@@ -175,6 +176,18 @@ def export_bundle(options: ExportOptions, progress: Progress = lambda stage: Non
         progress("hashing")
         write_manifest(staging, {**fields, "parity": report.to_dict()})
     return load_bundle(target), report
+
+
+def _refuse_without_vectors(reference: Reference, weights: str) -> None:
+    """Refuses weights whose vectors are no unit vectors even as torch computes them in fp32."""
+    for tower in TOWERS:
+        lengths = np.linalg.norm(reference.outputs[tower][f"{tower}_embeds"], axis=1)
+        broken = int((~(np.abs(lengths - 1) < 1e-3)).sum())  # not-a-number too
+        if broken:
+            raise ExportError(
+                f"{weights} gives {broken} of {len(lengths)} {tower}s of the sample no vector: numbers "
+                "overflow, or all are zero. The weights are broken, as of a training that diverged; export others."
+            )
 
 
 def _check(options: ExportOptions) -> None:

@@ -34,7 +34,7 @@ def output_errors(target: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         if error.errno in _FULL:
-            advice = "Make room and run the same command again: it goes on where it stopped."
+            advice = "Make room and run the same command again (train: with --resume): it goes on where it stopped."
         elif error.errno in _DENIED:
             advice = "Choose a folder you may write to."
         elif error.errno == errno.ENOENT:
