@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -75,6 +76,43 @@ def test_an_error_is_one_sentence_and_exit_status_1(tmp_path: Path, capsys: pyte
     captured = capsys.readouterr()
     assert captured.err.startswith("Error: ") and "Traceback" not in captured.err
     assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "There is not enough memory. Free some"),
+        (
+            RuntimeError("Exception from node.cpp:823:\n[CPU] node 'x' can't alloc\n"),
+            "memory ([CPU] node 'x' can't alloc)",
+        ),
+        (ImportError("libarrow.so: failed to map segment from shared object"), "memory (libarrow.so: failed to map"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "There is not enough memory ("),
+        (OSError(errno.EMFILE, "Too many open files"), "Something of the system cannot be used: Too many open files."),
+        (OSError(errno.EACCES, "Permission denied", "x"), "x cannot be used: Permission denied."),
+    ],
+)
+def test_what_the_system_refuses_is_a_sentence(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(**options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(info, "callback", fail)
+    with pytest.raises(SystemExit) as caught:
+        main(["info"])
+    assert caught.value.code == 1
+    err = capsys.readouterr().err
+    assert err.startswith("Error: ") and said in err and len(err.splitlines()) == 1
+
+
+def test_a_fault_of_the_program_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**options: object) -> None:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(info, "callback", fail)
+    with pytest.raises(RuntimeError, match="a fault"):
+        main(["info"])
 
 
 def test_a_usage_error_is_exit_status_2() -> None:
