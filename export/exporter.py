@@ -29,6 +29,7 @@ from longclip_rt.export.reference import reference_from_towers
 from longclip_rt.export.rounding import RoundedHalfBackend
 from longclip_rt.export.structure import structure_checks
 from longclip_rt.export.tensorrt.head import head_checks, why_no_head, write_head, write_plugin_graphs
+from longclip_rt.kernels.architectures import ARCHITECTURES
 from longclip_rt.model.tokenizer import pad_tokens
 from longclip_rt.model.towers import ImageTower, TextTower
 from longclip_rt.model.vocabulary import tokenizer_json
@@ -43,9 +44,6 @@ from longclip_rt.system.files import directory_in_the_making, write_text_atomica
 from longclip_rt.weights.checkpoint import Checkpoint, load_checkpoint, towers_from_checkpoint
 
 logger = logging.getLogger("longclip_rt")
-
-ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-"""Compute capabilities times ten that a PCA head is compiled for; no GPU needs to be here."""
 
 Progress = Callable[[str], None]
 

@@ -17,9 +17,9 @@ from rtx_network import parsed
 from longclip_rt.bundle.bundle import BUILT_IN, load_bundle
 from longclip_rt.cli import longclip_rt
 from longclip_rt.errors import BackendError, BundleError, EngineError, ExportError
-from longclip_rt.export.exporter import ARCHITECTURES
 from longclip_rt.export.tensorrt.build import head_for
 from longclip_rt.export.tensorrt.network import network_facts, tensorrt_graph
+from longclip_rt.kernels.architectures import ARCHITECTURES
 from longclip_rt.tensorrt.engines import engines_of
 from longclip_rt.tensorrt.head import (
     HEAD_KERNEL,

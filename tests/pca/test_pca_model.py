@@ -26,6 +26,7 @@ from longclip_rt.export import exporter
 from longclip_rt.export.exporter import ExportOptions, ParityError, export_bundle
 from longclip_rt.export.onnx import export_tower
 from longclip_rt.formats.embeddings import load_embeddings
+from longclip_rt.kernels.architectures import ARCHITECTURES
 from longclip_rt.parity import gate
 from longclip_rt.pca.basis import Pca, load_pca, save_pca
 from longclip_rt.search.nearest import search_query
@@ -263,7 +264,7 @@ def test_a_bundle_carries_the_head_for_gpus(with_pca: Path, folder: Path) -> Non
     bundle = load_bundle(with_pca)
     checked = [check for check in bundle.manifest["parity"]["checks"] if check["runtime"] == "head kernel"]
     assert {check["tower"] for check in checked} == {"text", "image"} and all(check["passed"] for check in checked)
-    for arch in exporter.ARCHITECTURES:
+    for arch in ARCHITECTURES:
         for tower in ("text", "image"):
             head = load_head(with_pca, tower, arch)
             assert head is not None and head.k == K and head.pca == load_pca(folder / "joint.safetensors").sha256
