@@ -22,6 +22,7 @@ from longclip_rt.bundle.bundle import (
     write_manifest,
 )
 from longclip_rt.bundle.samples import example_photos
+from longclip_rt.choices import ARCHITECTURES
 from longclip_rt.errors import ExportError
 from longclip_rt.export.onnx import OPSET, export_tower
 from longclip_rt.export.precision import BlockActivation, half_tower
@@ -29,7 +30,6 @@ from longclip_rt.export.reference import reference_from_towers
 from longclip_rt.export.rounding import RoundedHalfBackend
 from longclip_rt.export.structure import structure_checks
 from longclip_rt.export.tensorrt.head import head_checks, why_no_head, write_head, write_plugin_graphs
-from longclip_rt.kernels.architectures import ARCHITECTURES
 from longclip_rt.model.tokenizer import pad_tokens
 from longclip_rt.model.towers import ImageTower, TextTower
 from longclip_rt.model.vocabulary import tokenizer_json

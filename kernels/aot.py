@@ -16,9 +16,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from longclip_rt.choices import ARCHITECTURES
 from longclip_rt.errors import KernelError
 from longclip_rt.kernels import pca_head
-from longclip_rt.kernels.architectures import ARCHITECTURES
 from longclip_rt.kernels.launch import KernelConfig, interpreted
 from longclip_rt.system.files import directory_in_the_making
 

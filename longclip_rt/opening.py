@@ -10,39 +10,19 @@ from dataclasses import dataclass
 
 from longclip_rt.backends.base import Backend
 from longclip_rt.bundle.bundle import Bundle
+from longclip_rt.choices import BACKENDS, GPU_BACKENDS, PRECISIONS
 from longclip_rt.errors import BackendError, LongClipError, MissingExtraError
 from longclip_rt.system import machine
 
-__all__ = [
-    "AUTO_ORDER",
-    "BACKENDS",
-    "GPU_BACKENDS",
-    "PRECISIONS",
-    "Availability",
-    "Backend",
-    "availability",
-    "open_backend",
-]
-
 logger = logging.getLogger("longclip_rt")
 
-GPU_BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime-tensorrt")
-"""Those that run on NVIDIA GPUs."""
-
-BACKENDS = (*GPU_BACKENDS, "openvino", "onnxruntime", "torch")
-"""Every backend, as `--backend` takes them."""
-
 AUTO_ORDER = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "openvino", "onnxruntime")
-"""What `auto` tries, in this order. Not `torch`, the reference: it is slower, and needs more than the bundle. Nor
-`onnxruntime-tensorrt`, which builds engines for minutes at its first batch."""
-
-PRECISIONS = ("fp32", "bf16", "fp16")
+"""What `auto` tries, in this order. Not `torch`, the reference: it is slower, and needs more than the bundle."""
 
 _NEEDED = {
     "tensorrt": ("tensorrt", "cuda.core"),
     "tensorrt-rtx": ("tensorrt_rtx", "cuda.core"),
     "onnxruntime-cuda": ("onnxruntime",),
-    "onnxruntime-tensorrt": ("onnxruntime",),
     "openvino": ("openvino",),
     "onnxruntime": ("onnxruntime",),
     "torch": ("torch", "open_clip"),
@@ -51,7 +31,6 @@ _REMEDIES = {
     "tensorrt": 'pip install "longclip-rt[gpu,tensorrt]"',
     "tensorrt-rtx": 'pip install "longclip-rt[gpu,rtx]"',
     "onnxruntime-cuda": 'pip install "longclip-rt[gpu]"',
-    "onnxruntime-tensorrt": 'pip install "longclip-rt[gpu]"',
     "openvino": 'pip install "longclip-rt"',
     "onnxruntime": 'pip install "longclip-rt[cpu]"',
     "torch": 'pip install "longclip-rt[export]"',
@@ -220,11 +199,9 @@ def _gpu_backend(name: str) -> Callable[[Bundle, str, int], Backend]:
         from longclip_rt.tensorrt import backend as tensorrt
 
         return tensorrt.TensorrtBackend if name == "tensorrt" else tensorrt.TensorrtRtxBackend
-    from longclip_rt.backends import onnxruntime
+    from longclip_rt.backends.onnxruntime import OnnxRuntimeCudaBackend
 
-    if name == "onnxruntime-cuda":
-        return onnxruntime.OnnxRuntimeCudaBackend
-    return onnxruntime.OnnxRuntimeTensorrtBackend
+    return OnnxRuntimeCudaBackend
 
 
 def _on_gpus(

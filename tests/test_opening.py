@@ -38,7 +38,7 @@ def test_every_backend_gives_the_towers_vectors(
     backend = open_backend(load_bundle(tiny_bundle), name, precision)
     assert (backend.name, backend.precision) == (name, precision)
     assert backend.version and backend.device
-    got = {"text": backend.encode_text(IDS), "image": backend.encode_image(PIXELS)}
+    got = {"text": backend.run("text", IDS)[0], "image": backend.run("image", PIXELS)[0]}
     for tower, vectors in got.items():
         assert vectors.dtype == np.float32
         tolerance = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 3e-2}[precision]
@@ -54,9 +54,9 @@ def test_every_backend_gives_the_towers_vectors(
 def test_results_belong_to_the_caller_and_threads_do_not_mix(tiny_bundle: Path, name: str) -> None:
     backend = open_backend(load_bundle(tiny_bundle), name, "fp32")
     batches = [token_ids([5 + index, 30], width=32, seed=index).numpy() for index in range(24)]
-    alone = [backend.encode_text(ids).copy() for ids in batches]
+    alone = [backend.run("text", ids)[0].copy() for ids in batches]
     with ThreadPoolExecutor(6) as pool:
-        together = list(pool.map(backend.encode_text, batches))
+        together = list(pool.map(lambda ids: backend.run("text", ids)[0], batches))
     for one, other in zip(alone, together, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)
 

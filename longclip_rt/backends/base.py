@@ -121,14 +121,6 @@ class Backend(ABC):
         elif len(shape) != 4 or not shape[0] or shape[1:] != (3, size, size):
             raise BackendError(f"Pixels must be [batch, 3, {size}, {size}], batch at least 1; got {list(shape)}.")
 
-    def encode_text(self, ids: NDArray[np.int32]) -> Float32:
-        """Token ids [B, S] int32 to L2-normalised embeddings [B, D] float32; what follows an EOT has no effect."""
-        return self.run("text", ids)[0]
-
-    def encode_image(self, pixels: Float32) -> Float32:
-        """Normalised pixels [B, 3, H, W] float32 to L2-normalised embeddings [B, D] float32."""
-        return self.run("image", pixels)[0]
-
     @abstractmethod
     def close(self) -> None:
         """Lets go of the encoders' memory. Closing twice is fine."""

@@ -7,25 +7,16 @@ import platform
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from longclip_rt.backends.base import INPUT_NAMES, Backend, Float32
-from longclip_rt.backends.providers import (
-    RECORD_ASSIGNMENT,
-    Assignment,
-    check_assignment,
-    check_provider,
-    largest_batch,
-    provider_settings,
-)
-from longclip_rt.bundle.bundle import Bundle, bundles_home
-from longclip_rt.errors import BackendError, LongClipError, OutputError
+from longclip_rt.backends.providers import PROVIDERS, RECORD_ASSIGNMENT, Assignment, check_assignment, check_provider
+from longclip_rt.bundle.bundle import Bundle
+from longclip_rt.errors import BackendError, LongClipError
 from longclip_rt.system.extras import require
-from longclip_rt.system.files import output_errors
 
 PRECISIONS = ("fp32", "fp16")
 
@@ -79,12 +70,11 @@ class OnnxRuntimeBackend(Backend):
             options.add_session_config_entry(RECORD_ASSIGNMENT, "1")
             with contextlib.redirect_stdout(sys.stderr):  # it prints what it misses
                 self._ort.preload_dlls()  # CUDA's and cuDNN's libraries, where they were installed with pip
-        settings = provider_settings(
-            self.name, self.bundle.architecture, tower, self.precision, self._number, self._cache()
-        )
+        provider = (PROVIDERS[self.name], {"device_id": self._number} if self.on_gpu else {})
         # Without its fallback, which takes other providers after an error and prints that to stdout.
         with self._errors(f"could not load {self._graphs[tower]}"):
-            session = self._ort.InferenceSession(self._graph(tower), options, providers=settings, enable_fallback=0)
+            graph = str(self._graphs[tower])
+            session = self._ort.InferenceSession(graph, options, providers=[provider], enable_fallback=0)
         check_provider(self.name, session.get_providers())
         if self.on_gpu:
             check_assignment(self.name, assignments(session))
@@ -98,14 +88,6 @@ class OnnxRuntimeBackend(Backend):
             raise
         except Exception as error:  # its errors share no base class narrower than Exception
             raise BackendError(f"ONNX Runtime {what}: {error}") from error
-
-    def _graph(self, tower: str) -> str | bytes:
-        """A tower's graph: its file, or its content."""
-        return str(self._graphs[tower])
-
-    def _cache(self) -> Path:
-        """Where the TensorRT provider keeps what it built: never in the bundle, whose files are hashed."""
-        return bundles_home().parent / "onnxruntime-tensorrt" / self.bundle.sha256[:16]
 
     def _run(self, tower: str, inputs: NDArray[np.generic], outputs: Sequence[str]) -> list[Float32]:
         session = self._session(tower)
@@ -136,16 +118,6 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
 
     def _run(self, tower: str, inputs: NDArray[np.generic], outputs: Sequence[str]) -> list[Float32]:
         session = self._session(tower)
-        most = largest_batch(self.name, tower) or len(inputs)
-        parts = [
-            self._bound_run(session, tower, inputs[start : start + most], outputs)
-            for start in range(0, len(inputs), most)
-        ]
-        return parts[0] if len(parts) == 1 else [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
-
-    def _bound_run(
-        self, session: Any, tower: str, inputs: NDArray[np.generic], outputs: Sequence[str]
-    ) -> list[Float32]:
         with self._errors(f"failed on {len(inputs)} {tower}s on {self.device}"):
             binding = session.io_binding()
             value = self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(inputs), self.memory, self._number)
@@ -155,32 +127,6 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
             session.run_with_iobinding(binding)
             results: list[Float32] = binding.copy_outputs_to_cpu()
         return results
-
-
-class OnnxRuntimeTensorrtBackend(OnnxRuntimeCudaBackend):
-    """The same graphs with the TensorRT provider, which builds its own engines and keeps them in the user's cache.
-
-    The first run of each tower on a machine builds for minutes.
-    """
-
-    name = "onnxruntime-tensorrt"
-
-    def _graph(self, tower: str) -> bytes:
-        """Without what TensorRT's parser refuses: the graph would be cut there, and its parts have no profiles."""
-        from longclip_rt.export.tensorrt.network import drop_softmax_precision
-
-        model = require("onnx", "tensorrt").load(str(self._graphs[tower]))
-        drop_softmax_precision(model)
-        return bytes(model.SerializeToString())
-
-    def _cache(self) -> Path:
-        folder = super()._cache()
-        try:
-            with output_errors(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-        except OutputError as error:
-            raise BackendError(f"The TensorRT provider needs a folder for its engines. {error}") from error
-        return folder
 
 
 def assignments(session: Any) -> list[Assignment]:

@@ -10,15 +10,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 from longclip_rt.errors import BackendError
-from longclip_rt.model.architecture import Architecture
 
-CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
-PROVIDERS = {"onnxruntime": CPU, "onnxruntime-cuda": CUDA, "onnxruntime-tensorrt": TENSORRT}
-"""Backend -> the provider that must run its encoders."""
+PROVIDERS = {"onnxruntime": CPU, "onnxruntime-cuda": CUDA}
+"""Backend -> the provider that must run its encoders. There is none for TensorRT: ONNX Runtime 1.31's links TensorRT
+10, and the engines here are TensorRT 11's."""
 
 NO_GPU = ("there is no NVIDIA GPU with a driver here", "nvidia-smi")
 """Why a backend for GPUs cannot be used, and what shows more."""
@@ -26,16 +25,11 @@ NO_GPU = ("there is no NVIDIA GPU with a driver here", "nvidia-smi")
 RECORD_ASSIGNMENT = "session.record_ep_graph_assignment_info"
 """ONNX Runtime's setting that lets `get_provider_graph_assignment_info` tell which provider got which node."""
 
-# Text lengths and rows that the TensorRT provider builds its one engine for.
-_TEXT_ROWS, _IMAGE_ROWS = 128, 64
-
 # What ONNX Runtime places on the CPU on purpose, beside a GPU: arithmetic on shapes, a few integers at a time.
 _SHAPE_OPERATORS = frozenset({
     "Add", "Cast", "Concat", "ConstantOfShape", "Constant", "Div", "Equal", "Expand", "Gather", "Identity", "Mul",
     "Range", "Reshape", "Shape", "Size", "Slice", "Squeeze", "Sub", "Unsqueeze", "Where", "Min", "Max", "Less",
 })  # fmt: skip
-
-Option = str | int | bool
 
 
 @dataclass(frozen=True)
@@ -49,52 +43,6 @@ class Assignment:
 
     provider: str
     operator: str
-
-
-def provider_settings(
-    backend: str, architecture: Architecture, tower: str, precision: str, device: int, cache: Path
-) -> list[tuple[str, dict[str, Option]]]:
-    """What a session is opened with: providers in the order of preference, each with its options.
-
-    Args:
-        backend: One of `PROVIDERS`.
-        architecture: The model's, for the shapes that the TensorRT provider builds an engine for.
-        tower: `text` or `image`.
-        precision: `fp32` or `fp16`.
-        device: The GPU's number.
-        cache: Folder for the TensorRT provider's engines and timings.
-    """
-    if backend == "onnxruntime":
-        return [(CPU, {})]
-    cuda: tuple[str, dict[str, Option]] = (CUDA, {"device_id": device})
-    if backend == "onnxruntime-cuda":
-        return [cuda]
-    size = architecture.image_size
-    shapes = {
-        "text": ("1x1", f"32x{min(77, architecture.context_length)}", f"{_TEXT_ROWS}x{architecture.context_length}"),
-        "image": tuple(f"{rows}x3x{size}x{size}" for rows in (1, 32, _IMAGE_ROWS)),
-    }[tower]
-    name = {"text": "input_ids", "image": "pixel_values"}[tower]
-    options: dict[str, Option] = {
-        "device_id": device,
-        "trt_fp16_enable": precision == "fp16",
-        # What the graph has in fp32 between fp16, above all the statistics of LayerNorm, is not to be lowered.
-        "trt_layer_norm_fp32_fallback": True,
-        "trt_engine_cache_enable": True,
-        "trt_engine_cache_path": str(cache),
-        "trt_timing_cache_enable": True,
-        "trt_timing_cache_path": str(cache),
-        **{
-            f"trt_profile_{end}_shapes": f"{name}:{shape}"
-            for end, shape in zip(("min", "opt", "max"), shapes, strict=True)
-        },
-    }
-    return [(TENSORRT, options), cuda]
-
-
-def largest_batch(backend: str, tower: str) -> int | None:
-    """Rows that a session takes at most; None where there is no limit."""
-    return None if backend != "onnxruntime-tensorrt" else {"text": _TEXT_ROWS, "image": _IMAGE_ROWS}[tower]
 
 
 def unavailable(backend: str, available: Sequence[str], gpus: int) -> tuple[str, str] | None:
@@ -140,11 +88,10 @@ def check_provider(backend: str, given: Sequence[str]) -> None:
     """
     wanted = PROVIDERS[backend]
     if not given or given[0] != wanted:
-        needed = "CUDA and cuDNN" if wanted == CUDA else "CUDA, cuDNN and TensorRT"
         raise BackendError(
             f"ONNX Runtime dropped {wanted} and would run on {', '.join(given) or 'nothing'}. Its log above says which "
-            f"library it could not load: it needs {needed} in the versions that it was built for. Mend that, or choose "
-            "another --backend; what can be used is listed by: longclip-rt info"
+            "library it could not load: it needs CUDA and cuDNN in the versions that it was built for. Mend that, or "
+            "choose another --backend; what can be used is listed by: longclip-rt info"
         )
 
 

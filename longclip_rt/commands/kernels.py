@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from longclip_rt.kernels.architectures import ARCHITECTURES
+from longclip_rt.choices import ARCHITECTURES
 
 
 def _architectures(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:

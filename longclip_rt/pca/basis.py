@@ -18,14 +18,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from longclip_rt.choices import PCA_MODES
 from longclip_rt.errors import PcaError
 from longclip_rt.system.files import output_errors, sha256_of_json, whole_file
 
 Float64 = NDArray[np.float64]
-Mode = Literal["project", "reconstruct"]
 Kind = Literal["text", "image"]
 
-MODES: tuple[Mode, ...] = ("project", "reconstruct")
 FITS = ("joint", "apart")
 FORMAT_VERSION = 1
 EPS = 1e-12
@@ -185,10 +184,10 @@ def check_mode(mode: str) -> None:
     """Refuses an unknown mode.
 
     Raises:
-        PcaError: It is none of `MODES`.
+        PcaError: It is none of `PCA_MODES`.
     """
-    if mode not in MODES:
-        raise PcaError(f"There is no PCA mode {mode!r}; there are {' and '.join(MODES)}.")
+    if mode not in PCA_MODES:
+        raise PcaError(f"There is no PCA mode {mode!r}; there are {' and '.join(PCA_MODES)}.")
 
 
 def unit_rows(rows: Float64) -> Float64:

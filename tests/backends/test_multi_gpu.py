@@ -13,9 +13,10 @@ import longclip_rt.opening as backends
 from longclip_rt.backends.base import Backend, Float32
 from longclip_rt.backends.multi_gpu import DevicePool
 from longclip_rt.bundle.bundle import Bundle, load_bundle
+from longclip_rt.choices import BACKENDS, GPU_BACKENDS
 from longclip_rt.embedding.pipeline import EmbedOptions, embed_files
 from longclip_rt.errors import BackendError
-from longclip_rt.opening import BACKENDS, GPU_BACKENDS, Availability, open_backend
+from longclip_rt.opening import Availability, open_backend
 from longclip_rt.runtime import Embedder
 
 FILES = str(Path(__file__).parents[2] / "examples" / "files.txt")
@@ -92,7 +93,7 @@ def test_batches_go_to_all_devices_within_what_each_takes_at_a_time(tiny_bundle:
     pixels = np.random.default_rng(0).standard_normal((40, 1, 3, 24, 24)).astype(np.float32)
     alone = [cards[0].inner.run("image", one)[0] for one in pixels]
     with ThreadPoolExecutor(12) as threads:
-        for one, other in zip(alone, threads.map(pool.encode_image, pixels), strict=True):
+        for one, other in zip(alone, threads.map(lambda batch: pool.run("image", batch)[0], pixels), strict=True):
             np.testing.assert_allclose(one, other, atol=1e-6)
     assert all(card.calls > 0 and card.most <= 2 for card in cards)
     pool.close()

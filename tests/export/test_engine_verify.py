@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from longclip_rt.backends.base import Backend
 from longclip_rt.bundle.bundle import Bundle, load_bundle
 from longclip_rt.commands.engine import verify
 from longclip_rt.errors import BackendError
 from longclip_rt.export import device_gate as gate
-from longclip_rt.opening import Backend
 from longclip_rt.tensorrt.engines import ENGINES, EngineKey, graph_hashes, write_engine_manifest
 
 

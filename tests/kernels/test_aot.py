@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from longclip_rt.choices import ARCHITECTURES
 from longclip_rt.commands import kernels as command
 from longclip_rt.errors import KernelError, OutputError
 from longclip_rt.kernels import aot
 from longclip_rt.kernels.aot import Compiled, compile_kernels, failed_gates, variants
-from longclip_rt.kernels.architectures import ARCHITECTURES
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -17,6 +17,7 @@ from tiny_models import tiny_checkpoint, token_ids
 from longclip_rt import Embedder
 from longclip_rt.bundle.bundle import load_bundle
 from longclip_rt.bundle.samples import example_captions, example_photos
+from longclip_rt.choices import ARCHITECTURES
 from longclip_rt.commands.embed import embed
 from longclip_rt.commands.export import export
 from longclip_rt.commands.pca import pca as pca_command
@@ -26,7 +27,6 @@ from longclip_rt.export import exporter
 from longclip_rt.export.exporter import ExportOptions, ParityError, export_bundle
 from longclip_rt.export.onnx import export_tower
 from longclip_rt.formats.embeddings import load_embeddings
-from longclip_rt.kernels.architectures import ARCHITECTURES
 from longclip_rt.parity import gate
 from longclip_rt.pca.basis import Pca, load_pca, save_pca
 from longclip_rt.search.nearest import search_query
