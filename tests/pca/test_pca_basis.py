@@ -8,7 +8,8 @@ import pytest
 from pca_files import correlated
 
 from longclip_rt.errors import OutputError, PcaError
-from longclip_rt.pca.basis import Basis, Pca, load_pca, save_pca, unit_rows
+from longclip_rt.metrics import unit_rows
+from longclip_rt.pca.basis import Basis, Pca, load_pca, save_pca
 from longclip_rt.pca.fit import Moments
 
 

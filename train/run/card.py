@@ -63,7 +63,7 @@ class ModelCard:
         training: How it was trained.
         limits: What it does not do; Markdown.
         config: The run's configuration: a dataclass or a mapping, nested or not, shown as a table.
-        retrieval: Validation recall as fractions, by the names of `longclip_rt.train.evaluate.retrieval` with the kind
+        retrieval: Validation recall as fractions, by the names of `longclip_rt.metrics.retrieval` with the kind
             of captions before them: `long_i2t_r1`. Other names are shown as further figures.
         figures: Further measured figures: what was measured, and the result; Markdown.
         weights: The file of weights, beside the card.
