@@ -23,15 +23,15 @@ L14 := $(DEMO)/vit-l-14
 	$(BIN)/pip install --quiet -e ".[dev]"
 	touch .venv/.demo-installed $@
 
-# The built-in model on drawn scenes that it never saw, beside real photographs, of which it knows nothing.
+# The built-in model on drawn scenes that it never saw, beside real photographs, of which it knows nothing; and pictures that differ in one detail.
 demo: .venv/.demo-installed
 	mkdir -p $(DEMO)
 	$(BIN)/longclip-rt embed examples/scenes/files.txt examples/files.txt -o $(DEMO)/files.parquet --overwrite \
 	    --bundle $(BUILT_IN)
 	$(BIN)/longclip-rt search $(DEMO)/files.parquet "$$(cat examples/scenes/scene-3.txt)" -k 5 --kind image \
 	    --bundle $(BUILT_IN) --html $(DEMO)/gallery.html
-	$(BIN)/python examples/near_twins.py $(BUILT_IN)
-	@echo "Look at $(DEMO)/gallery.html. The built-in model knows drawn scenes only, and nothing of real photographs."
+	$(BIN)/python examples/near_twins.py $(BUILT_IN) --html $(DEMO)/twins.html
+	@echo "Look at $(DEMO)/gallery.html too. The built-in model knows drawn scenes only, and nothing of real photographs."
 
 test: lint
 	$(BIN)/python -m pytest
@@ -50,14 +50,11 @@ lint: .venv/.dev-installed
 docs: .venv/.dev-installed
 	$(BIN)/python docs/make_commands.py
 
-# Trains the built-in model anew, as CLIP and then as Long-CLIP, and puts it into longclip_rt/assets/tiny. Goes on where
-# it was stopped.
+# Trains the built-in model anew, in three phases, and puts it into longclip_rt/assets/tiny. Goes on where it was
+# stopped, and says how long it took.
 tiny: .venv/.dev-installed
-	$(BIN)/longclip-rt train --preset tiny --data "scenes:1000000@0?captions=prefix" --steps 1800 \
-	    --validate-every 300 --checkpoint-every 100 --out $(TINY)/clip --resume
-	$(BIN)/longclip-rt train --preset tiny-long --data "scenes:1000000@1?twins=0.5" --steps 600 \
-	    --validate-every 150 --checkpoint-every 100 --weights $(TINY)/clip/model.safetensors --out $(TINY)/long --resume
-	$(BIN)/python benchmarks/tiny_model.py --from-run $(TINY)/long
+	$(BIN)/python benchmarks/train_tiny.py --out $(TINY)
+	$(BIN)/python benchmarks/tiny_model.py --from-run $(TINY)
 
 # Is the paper's claim true on those scenes? Begins with the CLIP of `make tiny`.
 study: tiny

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import statistics
 import subprocess
 import sys
@@ -70,7 +71,7 @@ def _commit() -> str:
         status = [*git, "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results"]
         changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("LONGCLIP_RT_COMMIT", "unknown")  # a copy without its history may be told
     return commit + (" and uncommitted changes" if changed else "")
 
 

@@ -21,6 +21,7 @@ from longclip_rt.train.scenes import (
     COLOURS,
     KINDS,
     Scene,
+    Twin,
     class_prompt,
     detail_position,
     long_caption,
@@ -31,11 +32,13 @@ from longclip_rt.train.scenes import (
     twin,
 )
 from longclip_rt.train.scenes.words import with_article
+from longclip_rt.train.scenes.world import LIMIT
 from longclip_rt.weights.checkpoint import load_checkpoint, towers_from_checkpoint
 
 # A seed of scenes that no run trains on; the trainer's own validation rows lie elsewhere too.
 HELD_OUT = 1 << 30
 SCENES = 1000
+LATE = 200  # tokens; scenes of the usual four to seven things have no details so late
 BIN = 20  # tokens of a caption in which the position of a detail is counted together
 
 
@@ -148,25 +151,43 @@ def measure(encoders: Encoders, count: int = SCENES) -> tuple[dict[str, float], 
     averaged = prompts.reshape(len(colours), len(KINDS), -1).mean(dim=1)
     figures["zero_shot_colour"] = zero_shot_accuracy(image, averaged, labels)
 
-    rows: list[int] = []
-    twins, positions = [], []
-    for row, one in enumerate(scenes):
-        for which in range(len(one.things)):
-            # Colour and texture in turn: every thing has such a twin.
-            other = twin(one, row, which=which, detail=("colour", "texture")[(row + which) % 2])
-            rows.append(row)
-            twins.append(other)
-            positions.append(
-                detail_position(long_caption(one), other.caption, lambda text: encoders.ids(text).tolist())
-            )
-    other_image = encoders.images([other.scene for other in twins])
-    other_text = encoders.texts([other.caption for other in twins])
-    right = pair_accuracy(image[rows], other_image, long[rows], other_text)
-    correct = (right.t2i + right.i2t) / 2
+    # Colour and texture in turn: every thing has such a twin.
+    told = [
+        (one, twin(one, row, which=which, detail=("colour", "texture")[(row + which) % 2]))
+        for row, one in enumerate(scenes)
+        for which in range(len(one.things))
+    ]
+    correct = told_apart(encoders, told)
     figures["detail"] = float(correct.mean())
-    bins = np.array(positions) // BIN
+    # Of the last thing: no sentence names its kind a second time.
+    kinds = [(one, twin(one, row, which=len(one.things) - 1, detail="kind")) for row, one in enumerate(scenes)]
+    figures["detail_kind"] = float(told_apart(encoders, kinds).mean())
+
+    # Only the last of nine things stand beyond token 200, and not in every caption.
+    full = ((row, scene(HELD_OUT, row, (LIMIT, LIMIT))) for row in range(4 * count))
+    late = [(one, twin(one, row, which=LIMIT - 1, detail=("colour", "texture")[row % 2])) for row, one in full]
+    late = [pair for pair in late if _position(encoders, pair) >= LATE]
+    told, correct = told + late, np.concatenate([correct, told_apart(encoders, late)]) if late else correct
+    bins = np.array([_position(encoders, pair) for pair in told]) // BIN
     curve = [
         {"position": float(b * BIN), "accuracy": float(correct[bins == b].mean()), "tests": float((bins == b).sum())}
         for b in np.unique(bins)
     ]
     return figures, curve
+
+
+def told_apart(encoders: Encoders, pairs: Sequence[tuple[Scene, Twin]]) -> NDArray[np.float64]:
+    """For each scene and its twin the share of the two captions and two pictures that find their own, [N] float64."""
+    scenes, twins = zip(*pairs, strict=True)
+    right = pair_accuracy(
+        encoders.images(scenes),
+        encoders.images([other.scene for other in twins]),
+        encoders.texts([long_caption(one) for one in scenes]),
+        encoders.texts([other.caption for other in twins]),
+    )
+    return (right.t2i + right.i2t) / 2
+
+
+def _position(encoders: Encoders, pair: tuple[Scene, Twin]) -> int:
+    """The token that tells a scene's caption from its twin's."""
+    return detail_position(long_caption(pair[0]), pair[1].caption, lambda text: encoders.ids(text).tolist())

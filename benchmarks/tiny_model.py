@@ -1,7 +1,7 @@
 """The built-in model: exports what `make tiny` trained to longclip_rt/assets/tiny/, measures it, and writes its card.
 
 python benchmarks/tiny_model.py                       # measures the built-in bundle and prints the table
-python benchmarks/tiny_model.py --from-run tiny/long  # exports that run first, in place of the one that is there
+python benchmarks/tiny_model.py --from-run tiny       # exports what train_tiny.py made first, in place of that
 """
 
 from __future__ import annotations
@@ -12,17 +12,15 @@ import shutil
 from pathlib import Path
 
 from common import RESULTS, save_table
-from scene_tests import BIN, SCENES, BundleEncoders, measure
+from scene_tests import BIN, LATE, SCENES, BundleEncoders, measure
+from train_tiny import PHASES, RUN_FILE
 
 from longclip_rt.bundle.bundle import BUILT_IN, rename_weights
 from longclip_rt.bundle.samples import example_captions
-from longclip_rt.errors import TrainingError
 from longclip_rt.export.exporter import ExportOptions, export_bundle
 from longclip_rt.metrics import retrieval
 from longclip_rt.runtime import Embedder
-from longclip_rt.system import machine
 from longclip_rt.train.run.card import CARD_FILE, ModelCard, TrainingFacts, write_model_card
-from longclip_rt.train.run.checkpoints import TrainState, load_newest_checkpoint
 from longclip_rt.train.run.results import WEIGHTS
 
 NAME = "tiny_model"
@@ -55,7 +53,7 @@ def export(run: Path) -> None:
     """Puts a run's weights, exported in fp32 and fp16, in the place of the built-in bundle."""
     staging = BUILT_IN.with_name(".tiny.new")
     shutil.rmtree(staging, ignore_errors=True)
-    export_bundle(ExportOptions(str(run / WEIGHTS), staging, fp16=True), progress=print)
+    export_bundle(ExportOptions(str(run / PHASES[-1].name / WEIGHTS), staging, fp16=True), progress=print)
     rename_weights(staging, WEIGHTS_NAME)
     shutil.rmtree(BUILT_IN, ignore_errors=True)
     staging.rename(BUILT_IN)
@@ -70,36 +68,29 @@ def photographs(embedder: Embedder) -> float:
 
 
 def card(run: Path, rows: list[dict[str, object]]) -> ModelCard:
-    """The model card of a run and what was measured of its bundle."""
-    state = _finished(run)
-    first = _finished(Path(str(state.config["weights"])).parent)
+    """The model card of what `train_tiny.py` trained, and what was measured of its bundle."""
+    phases = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
+    last = phases[-1]["config"]
     facts = TrainingFacts(
-        data=f"{first.config['data']}, then {state.config['data']}: new scenes at every step",
-        rows=first.step * first.config["batch_size"] + state.step * state.config["batch_size"],
-        seed=state.config["seed"],
-        steps=first.step + state.step,
-        batch_size=state.config["batch_size"],
-        precision=state.config["precision"],
-        hardware=f"{machine.cpu_name()}, one core, beside other work",
-        seconds=first.seconds + state.seconds,
-        versions={name: machine.package_versions().get(name) for name in ("longclip-rt", "torch", "open_clip_torch")},
+        data=", then ".join(f"`{one['config']['data']}`" for one in phases) + ": new scenes at every step",
+        rows=sum(one["steps"] * one["config"]["batch_size"] for one in phases),
+        seed=last["seed"],
+        steps=sum(one["steps"] for one in phases),
+        batch_size=last["batch_size"],
+        precision=last["precision"],
+        hardware=", then ".join(dict.fromkeys(one["hardware"] for one in phases)),
+        seconds=sum(one["seconds"] for one in phases),
+        versions={"torch": phases[-1]["torch"]},
     )
     return ModelCard(
         "Long-CLIP tiny, longclip-rt's built-in model",
         _SUMMARY,
         facts,
         _LIMITS,
-        config={"first phase": first.config, "second phase": state.config},
+        config={one["name"]: one["config"] for one in phases},
         figures=[(str(row["what"]), f"{100 * float(str(row['value'])):.1f}%") for row in rows],
         usage=_USAGE,
     )
-
-
-def _finished(run: Path) -> TrainState:
-    state = load_newest_checkpoint(run)
-    if state is None:
-        raise TrainingError(f"{run} holds no run; begin with: make tiny")
-    return state
 
 
 def measured(embedder: Embedder) -> list[dict[str, object]]:
@@ -113,11 +104,13 @@ def measured(embedder: Embedder) -> list[dict[str, object]]:
         "zero_shot": "kind of the main thing among 24, zero-shot (chance: 4%)",
         "zero_shot_colour": "colour of the main thing among 10, zero-shot (chance: 10%)",
         "detail": "twins that differ in one colour or texture told apart (chance: 50%)",
+        "detail_kind": "twins that differ in the kind of the last thing told apart (chance: 50%)",
     }
     rows: list[dict[str, object]] = [
         {"what": names[name], "value": round(value, 4), "tests": SCENES} for name, value in figures.items()
     ]
-    rows[-1]["tests"] = int(sum(point["tests"] for point in positions))
+    early = sum(point["tests"] for point in positions if point["position"] < LATE)
+    next(row for row in rows if row["what"] == names["detail"])["tests"] = int(early)
     for point in positions:
         if point["tests"] >= 50:
             first = int(point["position"])
@@ -136,7 +129,7 @@ def measured(embedder: Embedder) -> list[dict[str, object]]:
 def main() -> None:
     """Exports where that was asked for; measures; writes results/tiny_model.csv and, after an export, the card."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--from-run", type=Path, metavar="DIR", help="run of the second phase to export")
+    parser.add_argument("--from-run", type=Path, metavar="DIR", help="folder of train_tiny.py to export from")
     options = parser.parse_args()
     if options.from_run is not None:
         export(options.from_run)

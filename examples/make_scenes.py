@@ -1,8 +1,9 @@
-"""Draws examples/scenes/: six procedural scenes, and beside each three that differ from it in one detail.
+"""Draws examples/scenes/: six scenes of seven things, and beside each three that differ from it in one detail.
 
     python examples/make_scenes.py
 
-They are the first six of a seed that nothing was trained on, not chosen. Needs the base package only.
+They are the first six of a seed that nothing was trained on, not chosen. With seven things, the details of the last
+three stand where CLIP's 77 tokens have ended. Needs the base package only.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from longclip_rt.train.scenes import long_caption, render, scene, twin
 
 FOLDER = Path(__file__).parent / "scenes"
 SEED = (1 << 30) + 1
-SCENES, TWINS, PIXELS = 6, 3, 224
+SCENES, THINGS, TWINS, PIXELS = 6, 7, 3, 224
 
 
 def main() -> None:
@@ -22,7 +23,7 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     rows = []
     for number in range(SCENES):
-        original = scene(SEED, number)
+        original = scene(SEED, number, (THINGS, THINGS))
         caption = long_caption(original)
         (FOLDER / f"scene-{number}.txt").write_text(caption + "\n", encoding="utf-8")
         drawn = [(f"scene-{number}.png", original, caption, "")]

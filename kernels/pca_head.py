@@ -106,7 +106,11 @@ def _row_scale(row_starts, stride_col, rows, width, total_rows, BLOCK_W: tl.cons
 
 @triton.jit
 def _row_moments(row_starts, stride_col, rows, width, total_rows, scale, BLOCK_W: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Mean and variance of each row times `scale`, [BLOCK_B] float32: pieces about their own means, then merged."""
+    """Mean and variance of each row times `scale`, [BLOCK_B] float32: pieces about their own means, then merged.
+
+    Rounded divisions: with a GPU's approximate one the mean of a constant row misses the constant by a bit or two,
+    which eps does not hide (an H100 gave errors of 0.006).
+    """
     mean = tl.zeros(rows.shape, tl.float32)
     scatter = tl.zeros(rows.shape, tl.float32)
     for start in range(0, width, BLOCK_W):
@@ -116,11 +120,14 @@ def _row_moments(row_starts, stride_col, rows, width, total_rows, scale, BLOCK_W
         x = x.to(tl.float32) * scale[:, None]
         seen = start * 1.0
         new = tl.minimum(width - start, BLOCK_W) * 1.0
-        piece_mean = tl.sum(x, axis=1) / new
+        piece_mean = tl.div_rn(tl.sum(x, axis=1), tl.full(rows.shape, 0.0, tl.float32) + new)
         from_mean = tl.where(inside, x - piece_mean[:, None], 0.0)
         shift = piece_mean - mean
-        scatter += tl.sum(from_mean * from_mean, axis=1) + shift * shift * (seen * new / (seen + new))
-        mean += shift * (new / (seen + new))
+        part = tl.div_rn(
+            tl.full(rows.shape, 0.0, tl.float32) + new, tl.full(rows.shape, 0.0, tl.float32) + (seen + new)
+        )
+        scatter += tl.sum(from_mean * from_mean, axis=1) + shift * shift * (seen * part)
+        mean += shift * part
     return mean, scatter / width
 
 

@@ -6,7 +6,7 @@ LIBRARIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """Backend -> the Python package that builds and runs its engines."""
 
 GPU_BACKENDS = (*LIBRARIES, "onnxruntime-cuda")
-"""Those that run on NVIDIA GPUs."""
+"""Those that run on NVIDIA GPUs alone; `torch` does too, where it was built for CUDA."""
 
 BACKENDS = (*GPU_BACKENDS, "openvino", "onnxruntime", "torch")
 """Every backend, as `--backend` takes them."""

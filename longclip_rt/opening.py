@@ -138,7 +138,7 @@ def open_backend(
         offered = [
             each for each in state.precisions if not _reads_fp16(name) or each != "fp16" or "fp16" in bundle.precisions
         ]
-        if devices is not None and name not in GPU_BACKENDS:
+        if devices is not None and not _runs_on_gpu(name):
             passed_over.append(f"{name} runs on the CPU, and GPUs were asked for")
         elif not state.usable:
             passed_over.append(f"{name}: {state.reason}; mend it with: {state.remedy}")
@@ -172,8 +172,17 @@ def _reads_fp16(name: str) -> bool:
     return name == "onnxruntime" or name in GPU_BACKENDS
 
 
+def _runs_on_gpu(name: str) -> bool:
+    """Whether a backend runs on a GPU here; PyTorch does where it was built for CUDA and sees one."""
+    if name != "torch" or not machine.cuda_devices():
+        return name in GPU_BACKENDS
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
 def _opened(bundle: Bundle, name: str, precision: str, devices: Sequence[int] | None) -> Backend:
-    if name in GPU_BACKENDS:
+    if _runs_on_gpu(name):
         return _on_gpus(_gpu_backend(name), bundle, precision, devices or (0,))
     backend = _cpu_backend(name)(bundle, precision)
     backend.prepare()
@@ -199,6 +208,10 @@ def _gpu_backend(name: str) -> Callable[[Bundle, str, int], Backend]:
         from longclip_rt.tensorrt import backend as tensorrt
 
         return tensorrt.TensorrtBackend if name == "tensorrt" else tensorrt.TensorrtRtxBackend
+    if name == "torch":
+        from longclip_rt.backends.torch import TorchBackend
+
+        return TorchBackend
     from longclip_rt.backends.onnxruntime import OnnxRuntimeCudaBackend
 
     return OnnxRuntimeCudaBackend

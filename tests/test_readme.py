@@ -47,9 +47,13 @@ def test_the_quick_start_works(blocks: list[tuple[str, str]], tmp_path: Path) ->
         result = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True)
         assert result.returncode == 0, result.stdout + result.stderr
         if block.strip() == "make demo":
-            assert re.search(r"In all: \d+ of 24 with whole captions", result.stdout)
+            assert re.search(r"found \d+ of 24 when it read the whole caption", result.stdout)
             assert "nothing of real photographs" in result.stdout
-            assert {path.name for path in (tmp_path / "demo").iterdir()} == {"files.parquet", "gallery.html"}
+            assert {path.name for path in (tmp_path / "demo").iterdir()} == {
+                "files.parquet",
+                "gallery.html",
+                "twins.html",
+            }
         elif language == "sh":
             assert (tmp_path / "scenes.parquet").is_file() and (tmp_path / "gallery.html").is_file()
             assert len(re.findall(r"^ +\d  ", result.stdout, re.MULTILINE)) == 4 + 3

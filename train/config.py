@@ -26,7 +26,7 @@ LN_100 = math.log(100)
 # The built-in model's vocabulary: the bytes, CLIP's first 7,678 merges, and the two special tokens.
 TINY = Architecture(
     image_size=96,
-    patch_size=12,
+    patch_size=16,
     vision_width=192,
     vision_layers=4,
     text_width=128,

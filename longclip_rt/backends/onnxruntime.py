@@ -13,7 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longclip_rt.backends.base import INPUT_NAMES, Backend, Float32
-from longclip_rt.backends.providers import PROVIDERS, RECORD_ASSIGNMENT, Assignment, check_assignment, check_provider
+from longclip_rt.backends.providers import (
+    RECORD_ASSIGNMENT,
+    Assignment,
+    check_assignment,
+    check_provider,
+    provider_settings,
+)
 from longclip_rt.bundle.bundle import Bundle
 from longclip_rt.errors import BackendError, LongClipError
 from longclip_rt.system.extras import require
@@ -70,11 +76,11 @@ class OnnxRuntimeBackend(Backend):
             options.add_session_config_entry(RECORD_ASSIGNMENT, "1")
             with contextlib.redirect_stdout(sys.stderr):  # it prints what it misses
                 self._ort.preload_dlls()  # CUDA's and cuDNN's libraries, where they were installed with pip
-        provider = (PROVIDERS[self.name], {"device_id": self._number} if self.on_gpu else {})
+        settings = provider_settings(self.name, self._number)
         # Without its fallback, which takes other providers after an error and prints that to stdout.
         with self._errors(f"could not load {self._graphs[tower]}"):
             graph = str(self._graphs[tower])
-            session = self._ort.InferenceSession(graph, options, providers=[provider], enable_fallback=0)
+            session = self._ort.InferenceSession(graph, options, providers=settings, enable_fallback=0)
         check_provider(self.name, session.get_providers())
         if self.on_gpu:
             check_assignment(self.name, assignments(session))

@@ -45,6 +45,19 @@ class Assignment:
     operator: str
 
 
+def provider_settings(backend: str, device: int) -> list[tuple[str, dict[str, int]]]:
+    """What a session is opened with: its provider and that one's options.
+
+    Args:
+        backend: One of `PROVIDERS`.
+        device: The GPU's number.
+    """
+    if backend == "onnxruntime":
+        return [(CPU, {})]
+    # fp32 is fp32: the provider would multiply with 10 bits (TF32) where the card can.
+    return [(CUDA, {"device_id": device, "use_tf32": 0})]
+
+
 def unavailable(backend: str, available: Sequence[str], gpus: int) -> tuple[str, str] | None:
     """Why a backend's provider cannot be had, and the command that mends it; None where it seems to be there.
 

@@ -1,8 +1,15 @@
-"""PyTorch: the reference that the exported graphs are held against, run from the weights the bundle was made of."""
+"""PyTorch: the reference that the exported graphs are held against, from the weights that the bundle was made of.
+
+On a CPU it runs batches as they come. On an NVIDIA GPU it is a fast way without TensorRT: texts are padded to a few
+lengths and batches to a few sizes, each of which is captured once as a CUDA graph and then launched as a whole.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,15 +22,51 @@ from longclip_rt.system.extras import require
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
+SIZES = (1, 8, 32, 64, 256)
+"""Rows of the batches that graphs are captured for; others are padded up to the next, larger ones are cut up."""
+
+BUCKETS = (32, 77, 128, 248)
+"""Tokens that texts are padded to on a GPU, as far as the model's context goes."""
+
+
+def padded_size(rows: int) -> int:
+    """The least of `SIZES` that holds so many rows."""
+    return next(size for size in SIZES if size >= rows)
+
+
+def pieces(rows: int) -> list[slice]:
+    """Where a batch is cut, so that no part is larger than the largest of `SIZES`."""
+    return [slice(start, min(start + SIZES[-1], rows)) for start in range(0, rows, SIZES[-1])]
+
+
+@dataclass(frozen=True, eq=False)
+class _Static:
+    """A tower for one shape: what is copied in, what runs it, and where its outputs are then."""
+
+    given: Any
+    run: Callable[[], object]
+    outputs: Sequence[Any]
+
 
 class TorchBackend(Backend):
-    """Runs the towers themselves. A bundle holds graphs, not weights, so the weights it names must still be there."""
+    """Runs the towers themselves. A bundle holds graphs, not weights, so the weights it names must still be there.
+
+    Args:
+        bundle: The model.
+        precision: `fp32` (without TF32, on a GPU too), `bf16` or `fp16`.
+        device: Number of a GPU; None: the CPU.
+
+    Raises:
+        BackendError: The weights are not there, or are others.
+        MissingExtraError: PyTorch or open_clip is not installed.
+    """
 
     name = "torch"
 
-    def __init__(self, bundle: Bundle, precision: str) -> None:
+    def __init__(self, bundle: Bundle, precision: str, device: int | None = None) -> None:
         super().__init__(bundle, precision)
         self._torch: Any = require("torch", "export")
+        self._device = self._torch.device("cpu" if device is None else f"cuda:{device}")
         from longclip_rt.weights.checkpoint import load_checkpoint, towers_from_checkpoint
 
         source = bundle.manifest["source"]
@@ -45,9 +88,14 @@ class TorchBackend(Backend):
             mode = bundle.manifest["pca"]["mode"]
             text, image = text.with_pca(bundle.pca, mode), image.with_pca(bundle.pca, mode)
         self._towers: dict[str, Any] = {
-            "text": text.with_outputs(bundle.outputs("text")).to(dtype),
-            "image": image.with_outputs(bundle.outputs("image")).to(dtype),
+            "text": text.with_outputs(bundle.outputs("text")).to(self._device, dtype),
+            "image": image.with_outputs(bundle.outputs("image")).to(self._device, dtype),
         }
+        self._on_gpu = device is not None
+        if self._on_gpu:
+            self.batch_size = 64
+        self._lock = threading.Lock()
+        self._static: dict[tuple[str, tuple[int, ...]], _Static] = {}
 
     @property
     def version(self) -> str:
@@ -56,14 +104,76 @@ class TorchBackend(Backend):
 
     @property
     def device(self) -> str:
-        """The CPU, by the instructions PyTorch uses on it."""
+        """The GPU's name and number; or the CPU, by the instructions PyTorch uses on it."""
+        if self._on_gpu:
+            return f"{self._torch.cuda.get_device_name(self._device)} ({self._device})"
         return f"CPU ({self._torch.backends.cpu.get_cpu_capability()})"
 
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """The lengths that texts are padded to on a GPU."""
+        context = self.bundle.architecture.context_length
+        return (*(bucket for bucket in BUCKETS if bucket < context), context) if self._on_gpu else ()
+
     def _run(self, tower: str, inputs: NDArray[np.generic], outputs: Sequence[str]) -> list[Float32]:
+        names = self.bundle.outputs(tower)
+        if self._on_gpu:
+            results = [self._run_static(tower, inputs[piece], outputs) for piece in pieces(len(inputs))]
+            return [np.concatenate(parts) for parts in zip(*results, strict=True)]
         with self._torch.inference_mode():
-            results = self._towers[tower](self._torch.from_numpy(np.ascontiguousarray(inputs)))
-        named = dict(zip(self.bundle.outputs(tower), results, strict=True))
+            computed = self._towers[tower](self._torch.from_numpy(np.ascontiguousarray(inputs)))
+        named = dict(zip(names, computed, strict=True))
         return [named[name].numpy() for name in outputs]
 
+    def _run_static(self, tower: str, inputs: NDArray[np.generic], outputs: Sequence[str]) -> list[Float32]:
+        """Pads a batch to a size that there is a graph of, and drops what was added."""
+        rows, length = len(inputs), inputs.shape[1]
+        shape = (padded_size(rows), *inputs.shape[1:])
+        if tower == "text":
+            shape = (shape[0], next(bucket for bucket in self.buckets if bucket >= length))
+        filled = np.zeros(shape, inputs.dtype)
+        filled[tuple(slice(0, size) for size in inputs.shape)] = inputs
+        with self._lock, self._exact():
+            if (tower, shape) not in self._static:
+                self._static[tower, shape] = self._captured(tower, filled)
+            static = self._static[tower, shape]
+            static.given.copy_(self._torch.from_numpy(filled))
+            static.run()
+            named = dict(zip(self.bundle.outputs(tower), static.outputs, strict=True))
+            results = [named[name][:rows].float().cpu().numpy() for name in outputs]
+        if tower == "text":  # states of all tokens have as many as were asked for
+            results = [each[:, :length] if each.ndim == 3 else each for each in results]
+        return results
+
+    @contextlib.contextmanager
+    def _exact(self) -> Iterator[None]:
+        """fp32 is fp32: without the 10-bit products that cuDNN takes for convolutions unless it is told."""
+        cudnn, products = self._torch.backends.cudnn, self._torch.backends.cuda.matmul
+        before = products.allow_tf32
+        with cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            products.allow_tf32 = False
+            try:
+                with self._torch.inference_mode(), self._torch.cuda.device(self._device):
+                    yield
+            finally:
+                products.allow_tf32 = before
+
+    def _captured(self, tower: str, example: NDArray[np.generic]) -> _Static:
+        """The CUDA graph of a tower for one shape, captured after two runs: libraries set up things at first use."""
+        torch = self._torch
+        given = torch.from_numpy(example).to(self._device)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self._towers[tower](given)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = self._towers[tower](given)
+        return _Static(given, graph.replay, outputs)
+
     def close(self) -> None:
-        """Does nothing: the towers go with the backend."""
+        """Lets go of captured graphs; the towers go with the backend."""
+        with self._lock:
+            self._static.clear()

@@ -20,11 +20,17 @@ from longclip_rt.backends.providers import (
     Assignment,
     check_assignment,
     check_provider,
+    provider_settings,
     unavailable,
 )
 from longclip_rt.bundle.bundle import load_bundle
 from longclip_rt.errors import BackendError
 from longclip_rt.opening import open_backend
+
+
+def test_fp32_on_a_gpu_is_fp32() -> None:
+    assert provider_settings("onnxruntime", 3) == [(CPU, {})]
+    assert provider_settings("onnxruntime-cuda", 3) == [(CUDA, {"device_id": 3, "use_tf32": 0})]
 
 
 def test_a_provider_that_is_not_there_is_said_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,7 +58,7 @@ def test_the_installed_onnx_runtime_drops_the_gpu_and_that_is_noticed(tiny_bundl
         pytest.skip("this onnxruntime may have a GPU")
     bundle = load_bundle(tiny_bundle)
     with pytest.warns(UserWarning, match="not in available provider"), pytest.raises(BackendError, match="dropped"):
-        OnnxRuntimeCudaBackend(bundle, "fp32").run("text", token_ids([5]).numpy())[0]
+        OnnxRuntimeCudaBackend(bundle, "fp32").run("text", token_ids([5]).numpy())
 
 
 def test_encoder_nodes_on_the_cpu_are_an_error_and_shapes_are_not() -> None:
@@ -94,7 +100,7 @@ def test_what_goes_wrong_in_a_run_is_a_sentence(
     backend = kind(load_bundle(tiny_bundle), "fp32")
     monkeypatch.setattr(backend, "_session", lambda tower: Failing())
     with pytest.raises(BackendError, match=r"ONNX Runtime failed on 2 texts.*: no kernel image"):
-        backend.run("text", token_ids([5, 6]).numpy())[0]
+        backend.run("text", token_ids([5, 6]).numpy())
 
 
 class BoundOnTheCpu(OnnxRuntimeCudaBackend):

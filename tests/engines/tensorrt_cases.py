@@ -80,7 +80,7 @@ def test_the_backend_finds_its_engine_and_runs_it(bundle: Bundle) -> None:
         backend.close()
         assert len(log("^free")) == len(log("^allocate"))
     with pytest.raises(BackendError, match=r"must be \[batch, 1 to 20\]"):
-        backend.run("text", ids(2, 21))[0]
+        backend.run("text", ids(2, 21))
     with pytest.raises(BackendError, match=r"engine has no output text_pca; it has text_embeds, last_hidden_state"):
         backend.run("text", ids(2, 5), ["text_pca"])
     backend.close()
@@ -121,11 +121,11 @@ def test_no_engine_a_damaged_plan_and_an_unreadable_one(bundle: Bundle, caplog: 
         KIND(bundle, "fp32")
     folder = put_engine(bundle, b"plan of another version")
     with pytest.raises(BackendError, match=r"cannot load .*text\.plan: the library said: the plan is not what"):
-        KIND(bundle, "fp16").run("text", ids(2, 5))[0]
+        KIND(bundle, "fp16").run("text", ids(2, 5))
     assert "TensorRT: the plan is not what it should be" in caplog.text
     (folder / "text.plan").write_bytes(b"text plan")
     with pytest.raises(BackendError, match="damaged"):
-        KIND(bundle, "fp16").run("text", ids(2, 5))[0]
+        KIND(bundle, "fp16").run("text", ids(2, 5))
 
 
 def test_an_error_of_before_is_not_taken_for_the_reason(bundle: Bundle) -> None:
@@ -133,7 +133,7 @@ def test_an_error_of_before_is_not_taken_for_the_reason(bundle: Bundle) -> None:
     backend = KIND(bundle, "fp16")
     backend._logger.log(imitated.real.ILogger.Severity.ERROR, "Out of memory")
     with pytest.raises(BackendError, match="the library said: the plan is not what"):
-        backend.run("text", ids(2, 5))[0]
+        backend.run("text", ids(2, 5))
 
 
 def test_closing_gives_the_memory_back_even_where_one_tower_fails(bundle: Bundle) -> None:
@@ -144,7 +144,7 @@ def test_closing_gives_the_memory_back_even_where_one_tower_fails(bundle: Bundle
         backend.close()
     DRIVER.imitated_fail_waiting(0)
     assert len(log("^destroy stream")) == 6 and len(log("^destroy pool")) == 1
-    backend.run("text", ids(2, 5))[0]
+    backend.run("text", ids(2, 5))
     backend.close()
     assert len(log("^destroy pool")) == 2
 
@@ -180,13 +180,13 @@ def test_the_head_beside_the_engine_gives_the_pca(bundle: Bundle) -> None:
     for name in ("few.cubin", "pca_head.json"):
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(b"other machine code")
-        for use in (lambda: backend.fused_pca, lambda: backend.run("text", batch)[0]):
+        for use in (lambda: backend.fused_pca, lambda: backend.run("text", batch)):
             with pytest.raises(BackendError, match=rf"{name} is damaged.*engine build"):
                 use()
         (folder / name).write_bytes(content)
     (folder / "pca_head.json").unlink()
     with pytest.raises(BackendError, match=r"pca_head\.json cannot be read"):
-        backend.run("text", batch)[0]
+        backend.run("text", batch)
 
 
 if imitated.PACKAGE == "tensorrt_rtx":
@@ -205,11 +205,11 @@ if imitated.PACKAGE == "tensorrt_rtx":
         assert not file.exists()
         backend.close()
         assert file.read_bytes() == b"NONE" * 3 and [each.name for each in file.parent.iterdir()] == [file.name]
-        backend.run("text", batch)[0]  # opened again, it begins with them
+        backend.run("text", batch)  # opened again, it begins with them
         backend.close()
         assert file.read_bytes() == b"NONE" * 5
         file.write_bytes(b"other driver")
-        backend.run("text", batch)[0]
+        backend.run("text", batch)
         backend.close()
         assert file.read_bytes() == b"NONE" * 2 and "is of another GPU, driver or version" in caplog.text
         for in_the_way, said in (("folder", "compiled before cannot be read"), ("file", "compiled are not kept")):

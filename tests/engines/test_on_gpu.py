@@ -113,6 +113,16 @@ def test_engines_are_built_and_pass_the_whole_gate(backend: str, tmp_path: Path)
     assert checks and not [check for check in checks if not check.passed]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_torch_passes_the_whole_gate(precision: str, tiny_bundle: Path) -> None:
+    from longclip_rt.export.device_gate import device_checks
+
+    needs("torch")
+    assert "cuda" in open_backend(load_bundle(tiny_bundle), "torch", precision).device
+    checks = device_checks(tiny_bundle, "torch", precision)
+    assert checks and not [check for check in checks if not check.passed]
+
+
 def test_onnx_runtime_passes_the_whole_gate() -> None:
     from longclip_rt.export.device_gate import device_checks
 

@@ -28,6 +28,7 @@ from longclip_rt.export.reference import reference_from_towers
 from longclip_rt.export.rounding import rounded_model
 from longclip_rt.export.structure import structure_checks
 from longclip_rt.opening import open_backend
+from longclip_rt.parity import gate
 from longclip_rt.parity.gate import changed_neighbours, verify_backend
 from longclip_rt.parity.limits import Sample
 from longclip_rt.weights.checkpoint import towers_from_checkpoint
@@ -51,8 +52,8 @@ def sabotage(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[onnx.
 @pytest.fixture
 def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the gate run on a sixth of its texts: enough to find what the tests spoil, in a sixth of the time."""
-    real = exporter.parity_texts
-    monkeypatch.setattr(exporter, "parity_texts", lambda tokenizer: real(tokenizer)[::6])
+    real = gate.parity_texts
+    monkeypatch.setattr(gate, "parity_texts", lambda tokenizer: real(tokenizer)[::6])
 
 
 def drop_causality(model: onnx.ModelProto) -> None:
@@ -221,9 +222,9 @@ def cut_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A bundle of a model with the first 8192 entries of CLIP's vocabulary, through the gate in both precisions."""
     folder = tmp_path_factory.mktemp("cut")
     weights = save_converted(tiny_checkpoint(vocab_size=8192), folder / "weights.safetensors", "longclip")
-    real = exporter.parity_texts
+    real = gate.parity_texts
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporter, "parity_texts", lambda tokenizer: real(tokenizer)[::6])
+        patch.setattr(gate, "parity_texts", lambda tokenizer: real(tokenizer)[::6])
         return export_bundle(ExportOptions(str(weights), folder / "bundle", fp16=True))[0]
 
 

@@ -28,6 +28,7 @@ _FINE, _COARSE = 4, 2
 # There are 3,600 stickers (kinds, colours, textures, sizes) of one image size: 15 MB at 96 pixels, 70 MB at 224.
 _KEPT_STICKERS = 4096
 
+_LIGHT = (1.12, 0.84)  # Of a thing's top and bottom: it is lit from above.
 _HALO: Colour = (255, 255, 255)
 _OUTLINE: Colour = (25, 22, 28)
 _DARK = 150  # Sum of red, green and blue below which a line in the outline's colour would not be seen.
@@ -187,18 +188,16 @@ def _textured(colour: str, texture: str, size_word: str, size: int) -> Image.Ima
     """A square filled with a texture, as large as a sticker before it is scaled down."""
     fill, contrast = COLOURS[colour]
     side = round(_SIDES[size_word] * size) * _scale(size)
-    if texture in ("solid", "hollow"):
-        return Image.new("RGB", (side, side), fill)
     # Small things get a finer pattern than large ones, but one that still spans several pixels of the image.
     pitch = round(0.13 * side + 0.02 * size * _scale(size))
     y, x = np.mgrid[0:side, 0:side]
-    second: npt.NDArray[np.bool_]
+    second: npt.NDArray[np.bool_] = np.zeros((side, side), bool)
     if texture == "striped":
         second = (x + y) % round(1.4 * pitch) < 0.55 * pitch
     elif texture == "checked":
         second = (x // (0.7 * pitch) + y // (0.7 * pitch)) % 2 == 1
-    else:
+    elif texture == "spotted":
         odd = (y // pitch % 2) * (pitch / 2)
         second = (((x + odd) % pitch) - pitch / 2) ** 2 + ((y % pitch) - pitch / 2) ** 2 < (0.31 * pitch) ** 2
-    pixels = np.where(second[..., None], np.array(contrast, np.uint8), np.array(fill, np.uint8))
-    return Image.fromarray(pixels)
+    pixels = np.where(second[..., None], contrast, fill) * np.interp(y, (0, side), _LIGHT)[..., None]
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))

@@ -25,7 +25,7 @@ _NAME = re.compile(r"scenes:(\d+)(?:@(\d+))?(?:\?(.*))?")
 _EXPECTED = (
     "Scenes are named by count and seed, like scenes:200000@0, and may have options: "
     "scenes:200000@0?twins=0.5&captions=prefix, where twins and prompts are shares from 0 to 1, captions are long, "
-    "prefix or short, things are a number from 1 to 7 or two such as 1-3, and alike is a number from 1 to 16"
+    "prefix or short, things are a number from 1 to 9 or two such as 1-3, and alike is a number from 1 to 16"
 )
 
 # Seeds that users may name lie below; the validation rows of a seed lie above, so that no run trains on them.
@@ -202,7 +202,7 @@ def scenes_from_name(name: str) -> Scenes:
         raise TrainingError(f"{name!r} is not understood. {_EXPECTED}.")
     count, seed = int(match[1]), int(match[2] or 0)
     captions = options.get("captions", "long")
-    things = re.fullmatch(r"([1-7])(?:-([1-7]))?", options.get("things", f"{FEWEST}-{MOST}"))
+    things = re.fullmatch(r"([1-9])(?:-([1-9]))?", options.get("things", f"{FEWEST}-{MOST}"))
     try:
         twins, prompts = (float(options.get(option, "0")) for option in ("twins", "prompts"))
         alike = int(options.get("alike", "1"))

@@ -10,6 +10,9 @@ from longclip_rt.errors import LongClipError
 from longclip_rt.train.scenes.words import CELLS, COLOURS, KINDS, RELATIONS, SETTINGS, SIZES, TEXTURES, Cell
 
 FEWEST, MOST = 4, 7
+"""Things of a scene where nothing else is asked for."""
+LIMIT = 9
+"""Things that a scene can hold: one a cell. The captions of so many just fit into 248 tokens."""
 
 
 @dataclass(frozen=True)
@@ -66,15 +69,15 @@ def scene(seed: int, index: int, things: tuple[int, int] = (FEWEST, MOST)) -> Sc
     Args:
         seed: At least 0. Sets that must not share scenes (training, validation) take different seeds.
         index: At least 0.
-        things: Fewest and most things in it, from 1 to `MOST`. Others than the default are for first lessons: their
-            captions are short.
+        things: Fewest and most things in it, from 1 to `LIMIT`. Fewer than the default are for first lessons, with
+            short captions; more have captions of 155 to 240 tokens.
 
     Raises:
         LongClipError: A number is out of range.
     """
-    if seed < 0 or index < 0 or not 1 <= things[0] <= things[1] <= MOST:
+    if seed < 0 or index < 0 or not 1 <= things[0] <= things[1] <= LIMIT:
         raise LongClipError(
-            f"scene({seed}, {index}, {things}): seed and index must be at least 0, and things from 1 to {MOST}."
+            f"scene({seed}, {index}, {things}): seed and index must be at least 0, and things from 1 to {LIMIT}."
         )
     rng = np.random.default_rng((seed, index))
     count = int(rng.integers(things[0], things[1] + 1))
