@@ -22,6 +22,7 @@ from longclip_rt.bundle.bundle import (
     write_manifest,
 )
 from longclip_rt.bundle.samples import example_photos
+from longclip_rt.choices import ARCHITECTURES
 from longclip_rt.errors import ExportError
 from longclip_rt.export.onnx import OPSET, export_tower
 from longclip_rt.export.precision import BlockActivation, half_tower
@@ -43,9 +44,6 @@ from longclip_rt.system.files import directory_in_the_making, write_text_atomica
 from longclip_rt.weights.checkpoint import Checkpoint, load_checkpoint, towers_from_checkpoint
 
 logger = logging.getLogger("longclip_rt")
-
-ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-"""Compute capabilities times ten that a PCA head is compiled for; no GPU needs to be here."""
 
 Progress = Callable[[str], None]
 

@@ -11,10 +11,9 @@ from click import Context
 from click.testing import CliRunner
 
 from longclip_rt import __version__
+from longclip_rt.choices import BACKENDS
 from longclip_rt.cli import COMMANDS, longclip_rt, main
-from longclip_rt.commands import options
 from longclip_rt.commands.info import info
-from longclip_rt.opening import BACKENDS, PRECISIONS
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -26,11 +25,6 @@ def test_every_command_has_help_with_an_example(name: str) -> None:
     for parameter in command.params:
         if parameter.param_type_name == "option":
             assert parameter.help, f"{name} {parameter.name}"  # type: ignore[attr-defined]
-
-
-def test_the_options_offer_what_the_backends_are() -> None:
-    assert ("auto", *BACKENDS) == options.BACKENDS
-    assert ("auto", *PRECISIONS) == options.PRECISIONS
 
 
 def test_help_imports_nothing_heavy() -> None:

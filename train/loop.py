@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from longclip_rt.errors import TrainingError
+from longclip_rt.metrics import retrieval
 from longclip_rt.train.config import TrainConfig
 from longclip_rt.train.data.training_data import Batch
 from longclip_rt.train.distributed import Processes, processes
-from longclip_rt.train.evaluate import retrieval
 from longclip_rt.train.loss import Objective
 from longclip_rt.train.model import TrainableClip
 from longclip_rt.train.run.checkpoints import TrainState, save_checkpoint
@@ -272,7 +272,7 @@ class _Run:
                     parts["short"].append(self.model.encode_text(batch.short_ids).float())
             self.model.train()
             if parts["image"]:
-                image, long, short = (torch.cat(rows) for rows in parts.values())
+                image, long, short = (torch.cat(rows).cpu().numpy() for rows in parts.values())
                 for name, text in (("long", long), ("short", short)):
                     figures |= {f"{name}_{key}": value for key, value in retrieval(image, text).items()}
         self.procs.wait()

@@ -11,17 +11,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from longclip_rt.choices import BATCHES, EVERY, TEXT_BUCKETS
+
 if TYPE_CHECKING:
     from longclip_rt.bundle.bundle import Bundle
     from longclip_rt.export.tensorrt.build import Builders, BuiltEngine, EngineOptions
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-
-# As in `longclip_rt.tensorrt.engines` and `longclip_rt.export.tensorrt.build`; tests compare them.
-ENGINES = ("auto", "tensorrt", "tensorrt-rtx")
-TEXT_BUCKETS = (32, 77, 128, 248)
-BATCHES = (1, 32, 256)
-WORKSPACE = 1 << 20
 
 _FLAGS = {
     "archs": "--arch", "text_buckets": "--text-buckets", "batches": "--batches",
@@ -43,13 +39,13 @@ def _ascending(context: click.Context, parameter: click.Parameter, value: str) -
 def _archs(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[int, ...] | str:
     """`sm89`, `sm_89`, `89` or `8.9`, several of them with commas or as several options; or `all`."""
     parts = [part.strip() for value in values for part in value.split(",")]
-    if "all" in parts:
-        return "all"
+    if EVERY in parts:
+        return EVERY
     found = []
     for part in parts:
         matched = re.fullmatch(r"(?:sm_?)?(\d{2,3})|(\d{1,2})\.(\d)", part)
         if not matched:
-            raise click.BadParameter(f"{part!r} should be a compute capability such as sm89, or all")
+            raise click.BadParameter(f"{part!r} should be a compute capability such as sm89, or {EVERY}")
         found.append(int(matched[1] or matched[2] + matched[3]))
     return tuple(dict.fromkeys(found))
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from longclip_rt.commands.engine_options import ENGINES, build_command, builds_engines, built_with_a_bar, given_flags
-from longclip_rt.commands.options import PCA_MODES
+from longclip_rt.choices import LIBRARIES, PCA_MODES
+from longclip_rt.commands.engine_options import build_command, builds_engines, built_with_a_bar, given_flags
 from longclip_rt.system.streams import told_at_best
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ DEFAULT_WEIGHTS = "BeichenZhang/LongCLIP-B"
 )
 @click.option(
     "--engine",
-    type=click.Choice([*ENGINES, "none"]),
+    type=click.Choice(["auto", *LIBRARIES, "none"]),
     default="auto",
     show_default=True,
     help="Build TensorRT engines from the fp16 graphs; auto does so where a library and a GPU are there.",

@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
-ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+from longclip_rt.choices import ARCHITECTURES
 
 
 def _architectures(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
-    """Numbers with commas between them; a test compares the known ones with the compiler's."""
+    """Numbers with commas between them."""
     try:
         found = tuple(dict.fromkeys(int(part) for part in value.split(",")))
     except ValueError:
@@ -24,7 +24,7 @@ def _architectures(context: click.Context, parameter: click.Parameter, value: st
 
 @click.group()
 def kernels() -> None:
-    """Compile the Triton kernels ahead of time, and see registers, tensor cores and computed times.
+    """Compile the Triton kernels ahead of time, and see registers and tensor cores.
 
     \b
     Examples:
@@ -48,25 +48,18 @@ def kernels() -> None:
     default="kernels-compiled",
     show_default=True,
     metavar="DIR",
-    help="Folder to make for the cubins and kernels.json, which holds the tables.",
+    help="Folder to make for the cubins and kernels.json, which holds the table.",
 )
-@click.option("--rows", type=click.IntRange(min=1), default=65536, show_default=True, help="B of the computed launch.")
-@click.option("--width", type=click.IntRange(min=1), default=512, show_default=True, help="W of the computed launch.")
-@click.option("--dim", type=click.IntRange(min=1), default=512, show_default=True, help="D of the computed launch.")
-@click.option("-k", "k", type=click.IntRange(min=1), default=64, show_default=True, help="K of the computed launch.")
-def compile_command(architectures: tuple[int, ...], out: Path, rows: int, width: int, dim: int, k: int) -> None:
+def compile_command(architectures: tuple[int, ...], out: Path) -> None:
     """Compile every kernel in every configuration for the named GPUs, on a machine with or without one.
 
-    The first table shows what is in the machine code: registers, spilled bytes, shared memory, tensor-core
+    A table on stdout shows what is in the machine code: registers, spilled bytes, shared memory, tensor-core
     instructions. A kernel that spills, uses no tensor cores in half precision, or needs more shared memory than the GPU
-    has makes the exit status 1. The second shows, for a launch with B rows, the traffic and the arithmetic of each
-    kernel and of the operators it replaces, and the roofline times that follow: they are computed from data sheets, not
-    measured. The tables go to stdout.
+    has makes the exit status 1.
 
     \b
     Examples:
       longclip-rt kernels compile --arch 80,90 --out kernels-compiled
-      longclip-rt kernels compile --rows 4096 --width 1024 --dim 768 -k 128
     """
     from longclip_rt.errors import KernelError
     from longclip_rt.system.extras import require
@@ -78,16 +71,13 @@ def compile_command(architectures: tuple[int, ...], out: Path, rows: int, width:
             pass
     from tqdm import tqdm
 
-    from longclip_rt.kernels.aot import Sizes, compile_kernels, failed_gates, roofline_rows, save_compiled, variants
+    from longclip_rt.kernels.aot import compile_kernels, failed_gates, save_compiled, variants
 
-    sizes = Sizes(rows, width, dim, k)
     chosen = tuple(variants())
     with tqdm(total=len(chosen) * len(architectures), unit=" kernels") as bar:
         compiled = compile_kernels(architectures, chosen, lambda name: bar.update())
     click.echo(_table([entry.row() for entry in compiled]))
-    click.echo(f"\nComputed from data sheets, not measured: B = {rows}, W = {width}, D = {dim}, K = {k}\n")
-    click.echo(_table(roofline_rows(architectures, sizes)))
-    save_compiled(compiled, out, sizes)
+    save_compiled(compiled, out)
     click.echo(f"Wrote {len(compiled)} cubins and kernels.json to {out}.", err=True)
     if failures := [failure for entry in compiled for failure in failed_gates(entry)]:
         raise KernelError(f"{len(failures)} checks failed: {'; '.join(failures)}.")

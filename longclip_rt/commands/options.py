@@ -7,14 +7,9 @@ from typing import Any, TypeVar
 
 import click
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+from longclip_rt.choices import BACKENDS, PCA_MODES, PRECISIONS
 
-# As in `longclip_rt.opening` and `longclip_rt.pca.basis`, which are too heavy for a help text; tests compare them.
-BACKENDS = (
-    "auto", "tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "openvino", "onnxruntime", "torch",
-)  # fmt: skip
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-PCA_MODES = ("project", "reconstruct")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def gpu_numbers(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
@@ -30,11 +25,15 @@ def gpu_numbers(context: click.Context, parameter: click.Parameter, value: str |
 def runs_the_model(command: Function) -> Function:
     """Adds `--backend` and `--precision`."""
     backend = click.option(
-        "--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="What runs the model."
+        "--backend",
+        type=click.Choice(["auto", *BACKENDS]),
+        default="auto",
+        show_default=True,
+        help="What runs the model.",
     )
     precision = click.option(
         "--precision",
-        type=click.Choice(PRECISIONS),
+        type=click.Choice(["auto", *PRECISIONS]),
         default="auto",
         show_default=True,
         help="Number format of the model.",

@@ -232,6 +232,8 @@ def _smooth(values: Sequence[float], window: int) -> Any:
 class TrainProgress:
     """Step, loss, samples a second and time left, on stderr: a bar on a terminal, else a line now and then.
 
+    tqdm draws the bar; its rate would count the pauses of validation and of checkpoints as time of steps.
+
     Args:
         total: Steps of the whole run.
         batch_size: Samples of a step, over all processes.
