@@ -269,7 +269,7 @@ def _outputs(tower: TextTower | ImageTower, names: tuple[str, ...]) -> list[str]
         target, colon, output = name.rpartition(":")
         if colon and target not in TOWERS:
             raise ExportError(
-                f"There is no {target!r} tower; write --output {output}, text:{output} or image:{output}."
+                f"There is no {target!r} tower; write --output-name {output}, text:{output} or image:{output}."
             )
         if target in ("", kind) and output not in chosen:
             chosen.append(output)

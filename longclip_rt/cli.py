@@ -28,6 +28,10 @@ COMMANDS = {
 """Name -> what the help says, in the order of use. Each lives in `longclip_rt.commands.<name>`."""
 
 
+HIDDEN = ("kernels",)
+"""For those who work on this program; left out of the first screen."""
+
+
 class _Commands(click.Group):
     """Lists commands in the order of `COMMANDS` and imports each when it is needed."""
 
@@ -46,7 +50,7 @@ class _Commands(click.Group):
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes the list of commands without importing them."""
         with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+            formatter.write_dl([(name, words) for name, words in COMMANDS.items() if name not in HIDDEN])
 
 
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

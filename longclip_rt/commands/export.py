@@ -31,7 +31,7 @@ DEFAULT_WEIGHTS = "BeichenZhang/LongCLIP-B"
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder to make.  [default: in the cache]")
 @click.option("--fp16", is_flag=True, help="Add strongly typed half-precision graphs.")
 @click.option(
-    "--output",
+    "--output-name",
     "outputs",
     multiple=True,
     metavar="NAME",
@@ -85,7 +85,7 @@ def export(
     Examples:
       longclip-rt export --fp16
       longclip-rt export --fp16 --weights longclip-B.pt --out longclip-b
-      longclip-rt export --weights open_clip:ViT-L-14/openai --output text:hidden_states.-2
+      longclip-rt export --weights open_clip:ViT-L-14/openai --output-name text:hidden_states.-2
       longclip-rt export --weights longclip-B.pt --fp16 --pca pca.safetensors
       longclip-rt export --fp16 --engine tensorrt-rtx --arch sm89 --text-buckets 77,248
       longclip-rt export --weights random:ViT-B-16        # untrained, to try things out

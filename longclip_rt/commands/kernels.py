@@ -7,19 +7,8 @@ from typing import Any
 
 import click
 
-from longclip_rt.choices import ARCHITECTURES
-
-
-def _architectures(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
-    """Numbers with commas between them."""
-    try:
-        found = tuple(dict.fromkeys(int(part) for part in value.split(",")))
-    except ValueError:
-        found = ()
-    if not found or not set(found) <= set(ARCHITECTURES):
-        known = ", ".join(map(str, ARCHITECTURES))
-        raise click.BadParameter(f"{value!r} should be some of {known}, with commas between them")
-    return found
+from longclip_rt.choices import ARCHITECTURES, EVERY
+from longclip_rt.commands.options import architectures
 
 
 @click.group()
@@ -28,19 +17,20 @@ def kernels() -> None:
 
     \b
     Examples:
-      longclip-rt kernels compile --arch 80,86,89,90,100,120
+      longclip-rt kernels compile --arch sm80,sm90
     """
 
 
 @kernels.command(name="compile")
 @click.option(
     "--arch",
-    "architectures",
-    default=",".join(map(str, ARCHITECTURES)),
+    "archs",
+    multiple=True,
+    default=(EVERY,),
     show_default=True,
-    callback=_architectures,
-    metavar="LIST",
-    help="Compute capabilities times ten; no GPU needs to be here.",
+    callback=architectures,
+    metavar="sm89",
+    help=f"Compute capabilities out of {', '.join(map(str, ARCHITECTURES))}; no GPU needs to be here.",
 )
 @click.option(
     "--out",
@@ -50,7 +40,7 @@ def kernels() -> None:
     metavar="DIR",
     help="Folder to make for the cubins and kernels.json, which holds the table.",
 )
-def compile_command(architectures: tuple[int, ...], out: Path) -> None:
+def compile_command(archs: tuple[int, ...] | str, out: Path) -> None:
     """Compile every kernel in every configuration for the named GPUs, on a machine with or without one.
 
     A table on stdout shows what is in the machine code: registers, spilled bytes, shared memory, tensor-core
@@ -59,12 +49,17 @@ def compile_command(architectures: tuple[int, ...], out: Path) -> None:
 
     \b
     Examples:
-      longclip-rt kernels compile --arch 80,90 --out kernels-compiled
+      longclip-rt kernels compile --arch sm80,sm90 --out kernels-compiled
     """
     from longclip_rt.errors import KernelError
     from longclip_rt.system.extras import require
     from longclip_rt.system.files import directory_in_the_making
 
+    chosen_archs = ARCHITECTURES if isinstance(archs, str) else archs
+    if unknown := set(chosen_archs) - set(ARCHITECTURES):
+        raise click.BadParameter(
+            f"sm{min(unknown)} is none of {', '.join(map(str, ARCHITECTURES))}", param_hint="--arch"
+        )
     require("triton", "export")
     if out.exists():
         with directory_in_the_making(out):  # refuses, and says how to go on, before minutes of work
@@ -74,8 +69,8 @@ def compile_command(architectures: tuple[int, ...], out: Path) -> None:
     from longclip_rt.kernels.aot import compile_kernels, failed_gates, save_compiled, variants
 
     chosen = tuple(variants())
-    with tqdm(total=len(chosen) * len(architectures), unit=" kernels") as bar:
-        compiled = compile_kernels(architectures, chosen, lambda name: bar.update())
+    with tqdm(total=len(chosen) * len(chosen_archs), unit=" kernels") as bar:
+        compiled = compile_kernels(chosen_archs, chosen, lambda name: bar.update())
     click.echo(_table([entry.row() for entry in compiled]))
     save_compiled(compiled, out)
     click.echo(f"Wrote {len(compiled)} cubins and kernels.json to {out}.", err=True)

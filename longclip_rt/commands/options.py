@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
 
-from longclip_rt.choices import BACKENDS, PCA_MODES, PRECISIONS
+from longclip_rt.choices import BACKENDS, EVERY, PCA_MODES, PRECISIONS
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -20,6 +21,20 @@ def gpu_numbers(context: click.Context, parameter: click.Parameter, value: str |
     if not all(part.isascii() and part.isdigit() for part in parts) or len({int(part) for part in parts}) < len(parts):
         raise click.BadParameter(f"{value!r} should be numbers of GPUs, each once, with commas between, such as 0,1")
     return tuple(int(part) for part in parts)
+
+
+def architectures(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[int, ...] | str:
+    """`sm89`, `sm_89`, `89` or `8.9`, several of them with commas or as several options; or `all`."""
+    parts = [part.strip() for value in values for part in value.split(",")]
+    if EVERY in parts:
+        return EVERY
+    found = []
+    for part in parts:
+        matched = re.fullmatch(r"(?:sm_?)?(\d{2,3})|(\d{1,2})\.(\d)", part)
+        if not matched:
+            raise click.BadParameter(f"{part!r} should be a compute capability such as sm89, or {EVERY}")
+        found.append(int(matched[1] or matched[2] + matched[3]))
+    return tuple(dict.fromkeys(found))
 
 
 def runs_the_model(command: Function) -> Function:
