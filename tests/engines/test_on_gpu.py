@@ -64,7 +64,7 @@ def test_the_compiled_head_gives_the_pca_alone_and_in_a_graph(rows: int, tmp_pat
     stream.sync()
     expected = head_from_states(head, states)
     kernel.launch(stream, source, reduced, rows)
-    graph = gpu.capture(stream, lambda builder: kernel.launch(builder, source, reduced, rows))
+    graph = gpu.capture(stream, lambda: kernel.launch(stream, source, reduced, rows))
     for turn in range(3):
         if turn:
             graph.launch(stream)
