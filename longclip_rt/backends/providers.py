@@ -66,7 +66,7 @@ def provider_settings(
     """
     if backend == "onnxruntime":
         return [(CPU, {})]
-    cuda: tuple[str, dict[str, Option]] = (CUDA, {"device_id": device})
+    cuda: tuple[str, dict[str, Option]] = (CUDA, {"device_id": device, "use_tf32": 0})
     if backend == "onnxruntime-cuda":
         return [cuda]
     size = architecture.image_size

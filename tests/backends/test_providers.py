@@ -38,6 +38,8 @@ def test_providers_come_in_order_with_options_that_onnx_runtime_takes(backend: s
     assert [name for name, _ in settings] == expected[backend]
     for _, options in settings[: 0 if backend == "onnxruntime" else None]:
         assert options["device_id"] == 3
+    if backend != "onnxruntime":  # its TF32 is on unless it is told, and moves fp32 vectors by more than the limit
+        assert dict(settings)[CUDA]["use_tf32"] == 0
     if backend == "onnxruntime-tensorrt":
         options = settings[0][1]
         assert options["trt_engine_cache_enable"] is options["trt_timing_cache_enable"] is True
