@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from longclip_rt.errors import BackendError, LongClipError
 from longclip_rt.system.extras import require
 
+_CUDA = 13000  # what the extra `gpu` installs, in the driver's way of counting
+
 
 @dataclass(eq=False)
 class Pinned:
@@ -89,6 +91,7 @@ class Gpu:
         self._driver: Any = require("cuda.bindings.driver", "gpu")
         self.number = number
         with gpu_errors(f"GPU {number} cannot be used"):
+            self._check_driver()
             self._device = self._core.Device(number)
             self._device.set_current()
             self.name = str(self._device.name)
@@ -97,6 +100,15 @@ class Gpu:
             # Not of a pool of host memory: cuda.core gives no GPU access to one, so that copies would be pageable ones.
             self._host = self._core.LegacyPinnedMemoryResource()
             self._memory: Any = None
+
+    def _check_driver(self) -> None:
+        """An older driver would fail later, in one call or another, with an error that does not say so."""
+        takes = int(_asked(self._driver.cuDriverGetVersion()))
+        if takes < _CUDA:
+            raise BackendError(
+                f"The NVIDIA driver here takes CUDA {takes // 1000}.{takes % 1000 // 10} at most, and CUDA 13 is "
+                "needed: install driver 580 or newer."
+            )
 
     def activate(self) -> None:
         """Makes it the calling thread's; every thread that calls it must do so first."""

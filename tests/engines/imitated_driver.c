@@ -122,7 +122,9 @@ int imitated_compute(Stream *stream, Ptr to, Ptr from, int rows, int in_columns,
 /* Devices and contexts. */
 static int context_token;
 CUresult cuInit(unsigned flags) { return OK; }
-CUresult cuDriverGetVersion(int *v) { *v = 13000; return OK; }
+static int version = 13000;
+void imitated_driver_version(int takes) { version = takes; }
+CUresult cuDriverGetVersion(int *v) { *v = version; return OK; }
 CUresult cuDeviceGetCount(int *n) { *n = 2; return OK; }
 CUresult cuDeviceGet(int *d, int n) { *d = n; return n < 2 ? OK : 101; }
 CUresult cuDeviceGetName(char *name, int n, int d) { snprintf(name, n, "Imitated GPU"); return OK; }
