@@ -26,13 +26,13 @@ __all__ = [
 
 logger = logging.getLogger("longclip_rt")
 
-GPU_BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime-tensorrt")
+GPU_BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime-tensorrt", "torch-cuda")
 """Those that run on NVIDIA GPUs."""
 
 BACKENDS = (*GPU_BACKENDS, "openvino", "onnxruntime", "torch")
 """Every backend, as `--backend` takes them."""
 
-AUTO_ORDER = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "openvino", "onnxruntime")
+AUTO_ORDER = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "torch-cuda", "openvino", "onnxruntime")
 """What `auto` tries, in this order. Not `torch`, the reference: it is slower, and needs more than the bundle. Nor
 `onnxruntime-tensorrt`, which builds engines for minutes at its first batch."""
 
@@ -46,6 +46,7 @@ _NEEDED = {
     "openvino": ("openvino",),
     "onnxruntime": ("onnxruntime",),
     "torch": ("torch", "open_clip"),
+    "torch-cuda": ("torch", "open_clip", "onnx"),
 }
 _REMEDIES = {
     "tensorrt": 'pip install "longclip-rt[gpu,tensorrt]"',
@@ -55,6 +56,7 @@ _REMEDIES = {
     "openvino": 'pip install "longclip-rt"',
     "onnxruntime": 'pip install "longclip-rt[cpu]"',
     "torch": 'pip install "longclip-rt[export]"',
+    "torch-cuda": 'pip install "longclip-rt[export]"',
 }
 
 
@@ -99,13 +101,15 @@ def availability(name: str) -> Availability:
 
         if name.startswith("tensorrt"):
             why = _not_importable(name) if machine.cuda_devices() else NO_GPU
+        elif name == "torch-cuda":
+            why = _torch_without_cuda() if machine.cuda_devices() else NO_GPU
         else:
             import onnxruntime
 
             why = unavailable(name, onnxruntime.get_available_providers(), len(machine.cuda_devices()))
         if why is not None:
             return Availability(name, False, reason=why[0], remedy=why[1])
-        return Availability(name, True, ("fp16", "fp32"))
+        return Availability(name, True, ("fp16", "fp32", "bf16") if name == "torch-cuda" else ("fp16", "fp32"))
     return Availability(name, True, ("fp32", "fp16") if name == "onnxruntime" else PRECISIONS)
 
 
@@ -118,6 +122,16 @@ def _not_importable(name: str) -> tuple[str, str] | None:
     except BackendError as error:
         return str(error).partition(" Install it with")[0].rstrip("."), _REMEDIES[name].replace("install", "install -U")
     return None
+
+
+def _torch_without_cuda() -> tuple[str, str] | None:
+    """Why the installed PyTorch does not see the GPU that is here, and where the one that does is to be had."""
+    import torch
+
+    if torch.cuda.is_available():
+        return None
+    built = "is built without CUDA" if torch.version.cuda is None else f"of CUDA {torch.version.cuda} finds no GPU"
+    return f"the installed PyTorch {torch.__version__} {built}", "see https://pytorch.org/get-started/locally"
 
 
 def _found(module: str) -> bool:
@@ -220,6 +234,10 @@ def _gpu_backend(name: str) -> Callable[[Bundle, str, int], Backend]:
         from longclip_rt.tensorrt import backend as tensorrt
 
         return tensorrt.TensorrtBackend if name == "tensorrt" else tensorrt.TensorrtRtxBackend
+    if name == "torch-cuda":
+        from longclip_rt.backends.torch_cuda import TorchCudaBackend
+
+        return TorchCudaBackend
     from longclip_rt.backends import onnxruntime
 
     if name == "onnxruntime-cuda":

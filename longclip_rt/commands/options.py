@@ -11,7 +11,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 # As in `longclip_rt.opening` and `longclip_rt.pca.basis`, which are too heavy for a help text; tests compare them.
 BACKENDS = (
-    "auto", "tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime-tensorrt", "openvino", "onnxruntime", "torch",
+    "auto", "tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime-tensorrt", "torch-cuda", "openvino",
+    "onnxruntime", "torch",
 )  # fmt: skip
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 PCA_MODES = ("project", "reconstruct")

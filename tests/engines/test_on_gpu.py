@@ -12,7 +12,7 @@ from tiny_models import tiny_checkpoint
 
 from longclip_rt.bundle.bundle import BUILT_IN, load_bundle
 from longclip_rt.errors import EngineError
-from longclip_rt.opening import availability, open_backend
+from longclip_rt.opening import GPU_BACKENDS, availability, open_backend
 from longclip_rt.tensorrt.device import Gpu
 from longclip_rt.tensorrt.engines import LIBRARIES, engines_of
 
@@ -22,6 +22,12 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(os.environ.get("LONGCLIP_RT_TEST_GPU") != "1", reason="run by make test-gpu, on an NVIDIA GPU"),
 ]
+
+
+def test_some_inference_backend_can_be_used_on_this_gpu() -> None:
+    """All that needs one is skipped otherwise, and a run of nothing must not pass."""
+    states = [availability(name) for name in GPU_BACKENDS]
+    assert any(state.usable for state in states), "; ".join(f"{each.name}: {each.reason}" for each in states)
 
 
 def test_what_is_copied_in_comes_out() -> None:
@@ -112,12 +118,17 @@ def test_engines_are_built_and_pass_the_whole_gate(backend: str, tmp_path: Path)
     assert checks and not [check for check in checks if not check.passed]
 
 
-def test_onnx_runtime_passes_the_whole_gate() -> None:
+@pytest.mark.parametrize(
+    ("backend", "precision"),
+    [(backend, precision) for backend in ("onnxruntime-cuda", "torch-cuda") for precision in ("fp16", "fp32")]
+    + [("torch-cuda", "bf16")],
+)
+def test_what_needs_no_engine_passes_the_whole_gate(backend: str, precision: str) -> None:
     from longclip_rt.export.device_gate import device_checks
 
-    needs("onnxruntime-cuda")
+    needs(backend)
     path = Path(os.environ.get("LONGCLIP_RT_TEST_BUNDLE", MODEL))
-    checks = device_checks(path, "onnxruntime-cuda")
+    checks = device_checks(path, backend, precision)
     assert checks and not [check for check in checks if not check.passed]
 
 
