@@ -176,8 +176,10 @@ def test_the_torch_backend_refuses_other_weights_than_the_bundles(tiny_bundle: P
         open_backend(load_bundle(copy), "torch")
     manifest["source"]["weights"] = str(tmp_path / "gone.safetensors")
     write_fields(copy, manifest)
-    with pytest.raises(BackendError, match=r"cannot be loaded.*--backend auto"):
-        open_backend(load_bundle(copy), "torch")
+    # Weights that are not at hand are in the graphs too.
+    opened = open_backend(load_bundle(copy), "torch", "fp32")
+    expected = open_backend(load_bundle(tiny_bundle), "torch", "fp32")
+    np.testing.assert_array_equal(opened.run("text", IDS)[0], expected.run("text", IDS)[0])
 
 
 def test_signals_arrive_after_backends_are_dropped(tiny_bundle: Path) -> None:

@@ -260,7 +260,8 @@ def _build_engine(
             facts[tower] = made.to_dict()
             if made.changed_nodes:
                 logger.debug("%s: took softmax_precision out of %d Attention nodes", tower, made.changed_nodes)
-        (folder / TIMING_CACHE).write_bytes(timings)
+        if timings:
+            (folder / TIMING_CACHE).write_bytes(timings)
         if key.options.get("pca_head") == HEAD_KERNEL:
             copied = copy_head(bundle.path, folder, key.archs)
             assert copied

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,7 +123,7 @@ def build_plan(request: PlanRequest, target: Path, timing_cache: bytes, report: 
         report: Called with the phase and the part of the build that is done.
 
     Returns:
-        What was built, and the timing cache for the next build.
+        What was built, and the timing cache for the next build; empty with TensorRT-RTX, which times nothing.
 
     Raises:
         EngineError: The library refused something, or the network fails the gate.
@@ -168,6 +166,8 @@ def _build_plan(
     if flag := getattr(library.BuilderFlag, "REQUIRE_USER_ALLOCATION", None):
         # TensorRT-RTX: nothing is allocated while the engine runs, which capturing it as a CUDA graph needs.
         config.set_flag(flag)
+    if request.precision == "fp32":
+        config.clear_flag(library.BuilderFlag.TF32)  # on by default, and of 10 bits where fp32 has 23
     if request.optimization_level is not None:
         config.builder_optimization_level = request.optimization_level
     if request.workspace is not None:
@@ -176,7 +176,8 @@ def _build_plan(
         config.num_compute_capabilities = 1
         done = config.set_compute_capability(getattr(capabilities, f"SM{request.arch}"), 0)
         _given(done, f"the architecture sm_{request.arch}", what, log)
-    cache = _set_timing_cache(config, timing_cache, what, log)
+    # TensorRT-RTX times nothing, and its calls for timings will go.
+    cache = None if extra == "rtx" else _set_timing_cache(config, timing_cache, what, log)
     for profile in request.profiles:
         _add_profile(builder, config, request, profile, log)
     config.progress_monitor = monitor_for(library, report, interruption)
@@ -191,8 +192,7 @@ def _build_plan(
         raise EngineError(told)
     del parser, network  # they hold the weights once more
     target.write_bytes(plan)
-    with _without_deprecations():
-        kept_cache = bytes(_given(_given(cache, "its timings", what, log).serialize(), "its timings", what, log))
+    kept_cache = b"" if cache is None else bytes(_given(cache.serialize(), "its timings", what, log))
     memory = _memory_on_device(request, plan, log) if request.here else _logged_memory(request, log)
     size = target.stat().st_size
     seconds = time.perf_counter() - started
@@ -217,21 +217,12 @@ def _blocks(bundle: Bundle, tower: str) -> tuple[int, int]:
     return architecture.text_layers if tower == "text" else architecture.vision_layers, kept
 
 
-@contextlib.contextmanager
-def _without_deprecations() -> Iterator[None]:
-    """TensorRT-RTX times nothing, and says so whenever it is given or asked for timings."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        yield
-
-
 def _set_timing_cache(config: Any, content: bytes, what: str, log: BuildLog) -> Any:
     """Gives the builder what earlier builds measured, or an empty cache where that is of another GPU or version."""
-    with _without_deprecations():
-        for tried in dict.fromkeys((content, b"")):
-            cache = config.create_timing_cache(tried)
-            if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
-                return cache
+    for tried in dict.fromkeys((content, b"")):
+        cache = config.create_timing_cache(tried)
+        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+            return cache
     return _given(None, "an empty timing cache", what, log)
 
 

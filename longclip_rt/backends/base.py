@@ -73,6 +73,10 @@ class Backend(ABC):
         """SHA-256 of the PCA that a kernel of its own gives as `text_pca` and `image_pca`; empty where none does."""
         return ""
 
+    def corners(self, tower: str) -> list[tuple[str, int | None, int]]:
+        """Batches at which the kernels may change, which the self-check tries: what runs them, tokens, and rows."""
+        return []
+
     def prepare(self) -> None:
         """Makes the first conversion and inference, in the thread that opens the backend and before any other can.
 

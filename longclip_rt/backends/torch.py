@@ -1,5 +1,7 @@
 """PyTorch: the reference that the exported graphs are held against, from the weights that the bundle was made of.
 
+Where those are not at hand any more, it takes them from the bundle's own fp32 graphs.
+
 On a CPU it runs batches as they come. On an NVIDIA GPU it is a fast way without TensorRT: texts are padded to a few
 lengths and batches to a few sizes, each of which is captured once as a CUDA graph and then launched as a whole.
 """
@@ -7,18 +9,25 @@ lengths and batches to a few sizes, each of which is captured once as a CUDA gra
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from longclip_rt.backends.base import Backend, Float32
+from longclip_rt.backends.graph_weights import weights_of
 from longclip_rt.bundle.bundle import Bundle
 from longclip_rt.errors import BackendError, LongClipError
 from longclip_rt.system.extras import require
+
+if TYPE_CHECKING:
+    from longclip_rt.weights.checkpoint import Checkpoint
+
+logger = logging.getLogger("longclip_rt")
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -49,7 +58,7 @@ class _Static:
 
 
 class TorchBackend(Backend):
-    """Runs the towers themselves. A bundle holds graphs, not weights, so the weights it names must still be there.
+    """Runs the towers themselves.
 
     Args:
         bundle: The model.
@@ -57,7 +66,7 @@ class TorchBackend(Backend):
         device: Number of a GPU; None: the CPU.
 
     Raises:
-        BackendError: The weights are not there, or are others.
+        BackendError: The weights that the bundle names are others by now, or are neither there nor in its graphs.
         MissingExtraError: PyTorch or open_clip is not installed.
     """
 
@@ -67,21 +76,9 @@ class TorchBackend(Backend):
         super().__init__(bundle, precision)
         self._torch: Any = require("torch", "export")
         self._device = self._torch.device("cpu" if device is None else f"cuda:{device}")
-        from longclip_rt.weights.checkpoint import load_checkpoint, towers_from_checkpoint
+        from longclip_rt.weights.checkpoint import towers_from_checkpoint
 
-        source = bundle.manifest["source"]
-        try:
-            checkpoint = load_checkpoint(source["weights"], activation=source["activation"])
-        except LongClipError as error:
-            raise BackendError(
-                f"The torch backend runs the weights that the bundle was exported from, {source['weights']}, and they "
-                f"cannot be loaded: {error} Another backend needs only the bundle: --backend auto."
-            ) from error
-        if checkpoint.sha256 != source["sha256"]:
-            raise BackendError(
-                f"{source['weights']} is not what the bundle was exported from: its SHA-256 is "
-                f"{checkpoint.sha256}, and the bundle names {source['sha256']}. Export it again, or use --backend auto."
-            )
+        checkpoint = self._checkpoint()
         dtype = {"fp32": self._torch.float32, "bf16": self._torch.bfloat16, "fp16": self._torch.float16}[precision]
         text, image = towers_from_checkpoint(checkpoint)
         if bundle.pca is not None:
@@ -96,6 +93,27 @@ class TorchBackend(Backend):
             self.batch_size = 64
         self._lock = threading.Lock()
         self._static: dict[tuple[str, tuple[int, ...]], _Static] = {}
+
+    def _checkpoint(self) -> Checkpoint:
+        """The weights that the bundle names; where they are not at hand, those in its fp32 graphs: the same."""
+        from longclip_rt.weights.checkpoint import Checkpoint, load_checkpoint
+
+        source = self.bundle.manifest["source"]
+        try:
+            checkpoint = load_checkpoint(source["weights"], activation=source["activation"])
+        except LongClipError as error:
+            logger.info(
+                "%s cannot be loaded (%s); torch takes the weights in the bundle's graphs", source["weights"], error
+            )
+            state = {name: self._torch.from_numpy(array) for name, array in weights_of(self.bundle).items()}
+            state["logit_scale"] = self._torch.zeros(())  # no embedding depends on it
+            return Checkpoint(state, self.bundle.architecture, str(self.bundle.path), None, self.bundle.trained)
+        if checkpoint.sha256 != source["sha256"]:
+            raise BackendError(
+                f"{source['weights']} is not what the bundle was exported from: its SHA-256 is "
+                f"{checkpoint.sha256}, and the bundle names {source['sha256']}. Export it again, or use --backend auto."
+            )
+        return checkpoint
 
     @property
     def version(self) -> str:

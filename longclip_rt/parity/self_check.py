@@ -7,7 +7,7 @@ gate never saw; so it is held to the towers' own figures before its vectors go a
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -61,8 +61,9 @@ def write_self_check(
 def run_self_check(backend: Backend) -> None:
     """Holds a backend to the figures in its bundle.
 
-    Every text is tried trimmed and padded, alone and together, so that several of an engine's profiles are used, and
-    twice each, so that captured graphs are.
+    Every text is tried trimmed and padded, alone and together; and the same texts and images at every corner that the
+    backend names, such as the ends of an engine's profiles: wrong fused kernels are known of single sizes and cards.
+    All twice, so that captured graphs are used too.
 
     Args:
         backend: To be checked; its PCA too where it computes that by a kernel of its own.
@@ -80,16 +81,16 @@ def run_self_check(backend: Backend) -> None:
             # An embedding's error grows where a PCA's rows are scaled to length 1.
             span = float(arrays[f"{name}.span"][0])
             bound = min(limit.bound / (span if limit.parity == "max difference" else span**2), LOOSEST)
-            for batch, rows in _batches(inputs, tower, backend.bundle.architecture.eot_id):
+            for where, batch, rows in _batches(backend, inputs, tower):
                 for _ in range(2):
                     got = backend.run(tower, batch, [name])[0]
                     error = _error(got, arrays[name][rows], limit.parity)
                     if not error <= bound:
                         raise BackendError(
                             f"{backend.name} {backend.version} on {backend.device} fails its self-check and is not "
-                            f"used: {name} of {len(batch)} {tower}s has {limit.parity} {error:.3g}, and may have "
-                            f"{bound:.3g}. Build the engine again (longclip-rt engine build), see the whole gate with "
-                            "longclip-rt engine verify, or take another --backend."
+                            f"used: {name} of {len(batch)} {tower}s{where} has {limit.parity} {error:.3g}, and may "
+                            f"have {bound:.3g}. Build the engine again (longclip-rt engine build), see the whole gate "
+                            "with longclip-rt engine verify, or take another --backend."
                         )
 
 
@@ -113,15 +114,28 @@ def _inputs(bundle: Bundle, tower: str, array: NDArray[np.generic]) -> NDArray[n
     return bundle.transform.normalize(array.astype(np.uint8))
 
 
-def _batches(inputs: NDArray[np.generic], tower: str, eot: int) -> list[tuple[NDArray[np.generic], slice]]:
-    """All together, and each alone; texts alone are trimmed behind their end token."""
-    batches: list[tuple[NDArray[np.generic], slice]] = [(inputs, slice(None))]
-    for row in range(len(inputs)):
+def _batches(
+    backend: Backend, inputs: NDArray[np.generic], tower: str
+) -> Iterator[tuple[str, NDArray[np.generic], NDArray[np.intp]]]:
+    """Where in the backend, inputs, and which rows of the figures they should give.
+
+    All together; each alone, texts trimmed behind their end token; and the backend's corners.
+    """
+    everything = np.arange(len(inputs))
+    lengths = everything
+    if tower == "text":
+        lengths = np.argmax(inputs == backend.bundle.architecture.eot_id, axis=1) + 1
+    yield "", inputs, everything
+    for row in everything:
         one = inputs[row : row + 1]
-        if tower == "text":
-            one = one[:, : int(np.argmax(one[0] == eot)) + 1]
-        batches.append((one, slice(row, row + 1)))
-    return batches
+        yield "", one[:, : lengths[row]] if tower == "text" else one, everything[row : row + 1]
+    for where, length, count in backend.corners(tower):
+        fitting = everything if length is None else np.flatnonzero(lengths <= length)
+        if not len(fitting):
+            logger.warning("no text of the self-check is short enough for %s, which is not checked", where)
+            continue
+        rows = np.resize(fitting, count)
+        yield f" ({where})", inputs[rows] if length is None else inputs[rows, :length], rows
 
 
 def _error(got: Float32, expected: NDArray[np.generic], measure: str) -> float:

@@ -81,6 +81,20 @@ class TensorrtBackend(Backend):
         head = load_head(self.engine.path, "text", self._gpu.arch)
         return "" if head is None else head.pca
 
+    def corners(self, tower: str) -> list[tuple[str, int | None, int]]:
+        """Every profile at its ends; and a batch that takes two pieces, and so both slots."""
+        profiles = self._runner(tower).profiles
+        shapes = {
+            (f"profile {each.index}, {each}", each.length, rows)
+            for each in profiles
+            for rows in (each.least, each.most)
+        }
+        largest = max(profiles, key=lambda each: (each.length or 0, each.most))
+        return [
+            *sorted(shapes, key=lambda shape: (shape[1] or 0, shape[2])),
+            (f"two batches of profile {largest.index}, {largest}", largest.length, largest.most + 1),
+        ]
+
     def prepare(self) -> None:
         """Opens both engines."""
         for tower in INPUT_NAMES:

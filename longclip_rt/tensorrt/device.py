@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from longclip_rt.errors import BackendError, LongClipError
 from longclip_rt.system.extras import require
 
+_CUDA = 13000  # what the extra `gpu` installs, in the driver's way of counting
+
 
 @dataclass(eq=False)
 class Pinned:
@@ -48,6 +50,31 @@ class Launch:
     shared: int
 
 
+class Graph:
+    """Captured work that is launched at once. To be closed when it no longer runs."""
+
+    def __init__(self, driver: Any, executable: Any) -> None:
+        self._driver, self._executable = driver, executable
+
+    def launch(self, stream: Any) -> None:
+        """Enqueues all of it."""
+        _asked(self._driver.cuGraphLaunch(self._executable, stream.handle))
+
+    def close(self) -> None:
+        """Lets go of it. Twice is fine."""
+        executable, self._executable = self._executable, None
+        if executable is not None:
+            _asked(self._driver.cuGraphExecDestroy(executable))
+
+
+def _asked(answer: tuple[Any, ...]) -> Any:
+    """What the driver gave, unless its status is an error."""
+    status, *values = answer
+    if int(status):
+        raise RuntimeError(f"the driver says {getattr(status, 'name', status)}")
+    return values[0] if values else None
+
+
 class Gpu:
     """A GPU of this machine.
 
@@ -61,8 +88,10 @@ class Gpu:
 
     def __init__(self, number: int = 0) -> None:
         self._core: Any = require("cuda.core", "gpu")
+        self._driver: Any = require("cuda.bindings.driver", "gpu")
         self.number = number
         with gpu_errors(f"GPU {number} cannot be used"):
+            self._check_driver()
             self._device = self._core.Device(number)
             self._device.set_current()
             self.name = str(self._device.name)
@@ -71,6 +100,15 @@ class Gpu:
             # Not of a pool of host memory: cuda.core gives no GPU access to one, so that copies would be pageable ones.
             self._host = self._core.LegacyPinnedMemoryResource()
             self._memory: Any = None
+
+    def _check_driver(self) -> None:
+        """An older driver would fail later, in one call or another, with an error that does not say so."""
+        takes = int(_asked(self._driver.cuDriverGetVersion()))
+        if takes < _CUDA:
+            raise BackendError(
+                f"The NVIDIA driver here takes CUDA {takes // 1000}.{takes % 1000 // 10} at most, and CUDA 13 is "
+                "needed: install driver 580 or newer."
+            )
 
     def activate(self) -> None:
         """Makes it the calling thread's; every thread that calls it must do so first."""
@@ -127,27 +165,29 @@ class Gpu:
         """An event after all that was enqueued on `stream`; a thread that waits for it sleeps."""
         return stream.record(options=self._core.EventOptions(blocking_sync=True))
 
-    def capture(self, stream: Any, enqueue: Callable[[Any], None]) -> Any:
-        """The graph of what `enqueue` puts on what it is given.
+    def capture(self, stream: Any, enqueue: Callable[[], None]) -> Graph:
+        """The graph of what `enqueue` puts on `stream`, which nothing else may use meanwhile.
 
-        Args:
-            stream: What is captured; nothing else may use it meanwhile.
-            enqueue: Takes cuda.core's builder, which kernels are launched on, and whose stream is `stream`.
+        By the driver's own calls: cuda.core 1.2's builder destroys a graph that the driver has freed already where a
+        capture was invalidated, which ends the process.
         """
-        builder = stream.create_graph_builder()
+        driver = self._driver
+        # Other threads may allocate and wait meanwhile; this one may not.
+        _asked(
+            driver.cuStreamBeginCapture(stream.handle, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+        )
         try:
-            # Other threads may allocate and wait meanwhile; this one may not.
-            builder.begin_building("thread_local")
-            enqueue(builder)
-            builder.end_building()
-            graph = builder.complete()
+            enqueue()
         except BaseException:
-            for end in (builder.end_building, builder.close):
-                with contextlib.suppress(Exception):  # they say only that the capture came to nothing
-                    end()
+            status, captured = driver.cuStreamEndCapture(stream.handle)
+            if not int(status):  # of an invalidated capture there is no graph left
+                driver.cuGraphDestroy(captured)
             raise
-        builder.close()
-        graph.upload(stream)
+        captured = _asked(driver.cuStreamEndCapture(stream.handle))
+        try:
+            graph = Graph(driver, _asked(driver.cuGraphInstantiate(captured, 0)))
+        finally:
+            driver.cuGraphDestroy(captured)
         return graph
 
     def kernel(self, cubin: bytes, entry: str) -> Any:
@@ -158,7 +198,7 @@ class Gpu:
         """Enqueues a kernel.
 
         Args:
-            stream: A stream or a builder of a graph.
+            stream: What it is put on.
             kernel: What `kernel` gave.
             launch: Its extent.
             arguments: Buffers, addresses as int, and numpy scalars of the kernel's own types.

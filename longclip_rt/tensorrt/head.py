@@ -244,7 +244,7 @@ class HeadKernel:
         """Enqueues the head.
 
         Args:
-            stream: A stream, or a builder of a graph.
+            stream: What it is put on.
             states: Buffer of pooled states [rows, W] float16.
             reduced: Buffer for the result [rows, K] float32.
             rows: B.

@@ -237,7 +237,7 @@ class EngineRunner:
             captured = self._graph_of(key)
             if captured is None:
                 self._prepare(self._contexts[profile], key)
-                self._execute(self._contexts[profile], key, self._compute)
+                self._execute(self._contexts[profile], key)
             else:
                 captured.graph.launch(self._compute)
             slot.stream.wait(self._gpu.record(self._compute))
@@ -283,13 +283,13 @@ class EngineRunner:
             address = int(slot.device[key.profile, name].handle)
             self._check(context.set_tensor_address(name, address), f"the address of {name}")
 
-    def _execute(self, context: Any, key: _Key, target: Any) -> None:
-        """Enqueues the engine and the head; `target` is the computing stream, or the builder that captures it."""
+    def _execute(self, context: Any, key: _Key) -> None:
+        """Enqueues the engine and the head."""
         self._check(context.execute_async_v3(int(self._compute.handle)), "a batch (its log above says why)")
         if self._head is not None:
             device = self._slots[key.slot].device
             states, reduced = (device[key.profile, name(self._tower)] for name in (states_name, pca_name))
-            self._head.launch(target, states, reduced, key.rows)
+            self._head.launch(self._compute, states, reduced, key.rows)
 
     def _graph_of(self, key: _Key) -> _Captured | None:
         """The graph of a shape where there is one; without one, batches cost a few launches more and are the same."""
@@ -310,12 +310,12 @@ class EngineRunner:
         context = self._context(key.profile)
         self._prepare(context, key)
         # TensorRT finishes what a new shape changes in the next run, which therefore must not be the captured one.
-        self._execute(context, key, self._compute)
+        self._execute(context, key)
         self._compute.sync()
         capturable = getattr(context, "is_stream_capturable", None)  # TensorRT-RTX's alone
         if capturable is not None and not capturable(int(self._compute.handle)):
             raise BackendError("TensorRT-RTX would allocate memory or compile kernels meanwhile")
-        graph = self._gpu.capture(self._compute, lambda builder: self._execute(context, key, builder))
+        graph = self._gpu.capture(self._compute, lambda: self._execute(context, key))
         return _Captured(graph, context)
 
     def _let_go(self, captured: _Captured) -> None:

@@ -34,7 +34,13 @@ struct Op {
 };
 struct Event { Stream *stream; long ticket; };  /* `ticket` operations of `stream` come before it */
 struct Stream { int number; long enqueued, done; Op *first, *last; Graph *capturing; int invalid; };
-struct Graph { int number; Op *first, *last; int refs; };
+struct Graph { int number; Op *first, *last; int dead; };  /* never freed, so that a second end is seen */
+
+/* The real driver would crash, now or later. */
+static void destroy(Graph *g, const char *what) {
+    if (!g || g->dead) { fprintf(stderr, "imitated driver: a %s that is not there any more is destroyed\n", what); abort(); }
+    g->dead = 1;
+}
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static char *text;
@@ -116,7 +122,9 @@ int imitated_compute(Stream *stream, Ptr to, Ptr from, int rows, int in_columns,
 /* Devices and contexts. */
 static int context_token;
 CUresult cuInit(unsigned flags) { return OK; }
-CUresult cuDriverGetVersion(int *v) { *v = 13000; return OK; }
+static int version = 13000;
+void imitated_driver_version(int takes) { version = takes; }
+CUresult cuDriverGetVersion(int *v) { *v = version; return OK; }
 CUresult cuDeviceGetCount(int *n) { *n = 2; return OK; }
 CUresult cuDeviceGet(int *d, int n) { *d = n; return n < 2 ? OK : 101; }
 CUresult cuDeviceGetName(char *name, int n, int d) { snprintf(name, n, "Imitated GPU"); return OK; }
@@ -212,6 +220,7 @@ CUresult cuStreamBeginCapture(Stream *s, int mode) {
 CUresult cuStreamEndCapture(Stream *s, Graph **g) {
     int invalid = s->invalid;
     s->invalid = 0;
+    if (invalid) destroy(s->capturing, "graph");
     *g = invalid ? NULL : s->capturing;
     s->capturing = NULL;
     return invalid ? STREAM_CAPTURE_INVALIDATED : OK;
@@ -226,15 +235,16 @@ CUresult cuStreamGetCaptureInfo(Stream *s, int *status, unsigned long long *id, 
     if (n) *n = 0;
     return OK;
 }
-CUresult cuGraphInstantiateWithParams(Graph **exec, Graph *g, void *params) {
-    *exec = g;
-    ((int *)params)[6] = 0;  /* result_out: success */
+CUresult cuGraphInstantiateWithFlags(Graph **exec, Graph *g, unsigned long long flags) {
+    if (g->dead) return INVALID;
+    *exec = malloc(sizeof **exec);
+    **exec = *g;
     return OK;
 }
 CUresult cuGraphUpload(Graph *g, Stream *s) { return OK; }
 CUresult cuGraphLaunch(Graph *g, Stream *s) { LOCKED(note("launch graph %d stream %d", g->number, s->number); push(s, (Op){.kind = LAUNCH, .graph = g})); }
-CUresult cuGraphDestroy(Graph *g) { return OK; }
-CUresult cuGraphExecDestroy(Graph *g) { LOCKED(note("destroy graph %d", g->number)); }
+CUresult cuGraphDestroy(Graph *g) { LOCKED(destroy(g, "graph")); }
+CUresult cuGraphExecDestroy(Graph *g) { LOCKED(destroy(g, "launched graph"); note("destroy graph %d", g->number)); }
 CUresult cuUserObjectCreate(void **o, void *p, void *f, unsigned n, unsigned flags) { *o = p; return OK; }
 CUresult cuGraphRetainUserObject(Graph *g, void *o, unsigned n, unsigned flags) { return OK; }
 

@@ -86,6 +86,19 @@ def test_the_backend_finds_its_engine_and_runs_it(bundle: Bundle) -> None:
     backend.close()
 
 
+def test_the_self_check_is_to_try_both_ends_of_every_profile_and_both_slots(bundle: Bundle) -> None:
+    backend = KIND(bundle, "fp16")
+    assert backend.corners("text") == [
+        ("profile 0, 1 to 4 rows of up to 8 tokens", 8, 1),
+        ("profile 0, 1 to 4 rows of up to 8 tokens", 8, 4),
+        ("profile 1, 2 to 6 rows of up to 20 tokens", 20, 2),
+        ("profile 1, 2 to 6 rows of up to 20 tokens", 20, 6),
+        ("two batches of profile 1, 2 to 6 rows of up to 20 tokens", 20, 7),
+    ]
+    assert [(length, rows) for _, length, rows in backend.corners("image")] == [(None, 1), (None, 5), (None, 6)]
+    backend.close()
+
+
 def test_threads_may_use_and_close_the_backend_at_once(bundle: Bundle) -> None:
     backend = KIND(bundle, "fp16")
     stop = threading.Event()

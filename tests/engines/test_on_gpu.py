@@ -11,7 +11,7 @@ import pytest
 from tiny_models import tiny_checkpoint
 
 from longclip_rt.bundle.bundle import BUILT_IN, load_bundle
-from longclip_rt.choices import LIBRARIES
+from longclip_rt.choices import GPU_BACKENDS, LIBRARIES
 from longclip_rt.errors import EngineError
 from longclip_rt.opening import availability, open_backend
 from longclip_rt.tensorrt.device import Gpu
@@ -23,6 +23,14 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(os.environ.get("LONGCLIP_RT_TEST_GPU") != "1", reason="run by make test-gpu, on an NVIDIA GPU"),
 ]
+
+
+def test_some_inference_backend_can_be_used_on_this_gpu() -> None:
+    """All that needs one is skipped otherwise, and a run of nothing must not pass."""
+    import torch
+
+    states = [availability(name) for name in GPU_BACKENDS]
+    assert torch.cuda.is_available() or any(state.usable for state in states), states
 
 
 def test_what_is_copied_in_comes_out() -> None:
@@ -65,7 +73,7 @@ def test_the_compiled_head_gives_the_pca_alone_and_in_a_graph(rows: int, tmp_pat
     stream.sync()
     expected = head_from_states(head, states)
     kernel.launch(stream, source, reduced, rows)
-    graph = gpu.capture(stream, lambda builder: kernel.launch(builder, source, reduced, rows))
+    graph = gpu.capture(stream, lambda: kernel.launch(stream, source, reduced, rows))
     for turn in range(3):
         if turn:
             graph.launch(stream)

@@ -157,6 +157,15 @@ def test_what_cannot_be_captured_runs_without_a_graph_and_says_so_once(
     assert len(log("^free")) == len(log("^allocate"))
 
 
+def test_a_driver_that_is_too_old_is_said_with_the_one_that_is_needed() -> None:
+    DRIVER.imitated_driver_version(12080)
+    try:
+        with pytest.raises(BackendError, match=r"takes CUDA 12\.8 at most, and CUDA 13 is needed: install driver 580"):
+            Gpu(0)
+    finally:
+        DRIVER.imitated_driver_version(13000)
+
+
 def test_an_engine_of_something_else_is_refused() -> None:
     with pytest.raises(BackendError, match=r"pixel_values is .*FLOAT, and should be .*INT32"):
         runner(image_engine(), "text")

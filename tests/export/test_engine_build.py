@@ -194,16 +194,6 @@ def test_a_workspace_beyond_any_gpu_is_a_usage_error(bundle: Bundle) -> None:
         EngineOptions(workspace_mib=99999999999999)
 
 
-def test_timings_that_cannot_be_read_are_done_without(bundle: Bundle) -> None:
-    (first,) = build_engines(bundle, choose_builders("tensorrt-rtx", (89,)), SMALL)
-    cache = first.engine.path / "timing.cache"
-    cache.unlink()
-    cache.mkdir()  # as unreadable as another user's file
-    assert "timing.cache cannot be read" in first.engine.damage()
-    (second,) = build_engines(bundle, choose_builders("tensorrt-rtx", (89,)), SMALL, missing=True)
-    assert second.built and not second.engine.damage()
-
-
 def test_a_model_of_one_head_is_built_with_the_default_batches(tiny_bundle: Path, tmp_path: Path) -> None:
     """TensorRT-RTX has no fused attention for one row of one head, and has one for 1 to 32 rows."""
     bundle = load_bundle(shutil.copytree(tiny_bundle, tmp_path / "bundle"))

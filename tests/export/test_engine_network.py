@@ -112,11 +112,22 @@ def test_a_block_kept_in_fp32_may_and_no_other(tmp_path: Path) -> None:
         built(-1)
 
 
-def test_timings_that_are_damaged_are_left_out(tmp_path: Path) -> None:
-    profiles = EngineOptions("fp16", (8,), (2,)).profiles("image", 8)
-    request = PlanRequest(trt, load_bundle(MODEL), "image", "fp16", profiles, 75, here=False)
-    _, timings = build_plan(request, tmp_path / "image.plan", b"not timings" * 20, lambda stage, done: None)
-    assert timings and b"not timings" not in timings
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_real_configuration_is_of_full_fp32_and_without_timings(
+    tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    class Builder(trt.Builder):  # type: ignore[misc]
+        def build_serialized_network(self, network: Any, config: Any) -> Any:
+            asked.append(config.get_flag(trt.BuilderFlag.TF32))
+            return super().build_serialized_network(network, config)
+
+    monkeypatch.setattr(trt, "Builder", Builder)
+    profiles = EngineOptions(precision, (8,), (2,)).profiles("image", 8)
+    request = PlanRequest(trt, load_bundle(MODEL), "image", precision, profiles, 89, here=False)
+    _, timings = build_plan(request, tmp_path / "image.plan", b"", lambda stage, done: None)
+    assert timings == b"" and asked == [precision != "fp32"]
 
 
 @pytest.mark.parametrize(("tower", "given"), [("text", "INT32"), ("image", "FLOAT")])

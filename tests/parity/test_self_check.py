@@ -74,6 +74,26 @@ def test_a_wrong_one_is_refused(tiny_bundle: Path, change: Any) -> None:
         run_self_check(Altered(load_bundle(tiny_bundle), change))
 
 
+def test_every_corner_is_tried_and_a_wrong_one_is_named(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    corners = {"text": [("profile 1", 16, 2), ("profile 2", 248, 9), ("profile 3", 1, 4)], "image": [("all", None, 7)]}
+    monkeypatch.setattr(Altered, "corners", lambda self, tower: corners[tower])
+    backend = Altered(load_bundle(tiny_bundle), lambda tower, inputs, array: array)
+    run_self_check(backend)
+    for shape in ((2, 16), (9, 248), (7, 3, 24, 24)):
+        assert backend.shapes.count(shape) == 2
+    assert "short enough for profile 3, which is not checked" in caplog.text
+
+    def wrong(tower: str, inputs: Any, array: Float32) -> Float32:
+        array = array.copy()
+        array[8:] *= -1  # a row that a smaller batch does not have
+        return array
+
+    with pytest.raises(BackendError, match=r"text_embeds of 9 texts \(profile 2\) has 1 - cosine"):
+        run_self_check(Altered(load_bundle(tiny_bundle), wrong))
+
+
 def test_an_older_bundle_has_no_figures_and_a_damaged_file_is_said(
     tiny_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
