@@ -35,6 +35,7 @@ def test_the_quick_start_works(blocks: list[tuple[str, str]], tmp_path: Path) ->
         "train",
         "examples",
         "setup.py",
+        "constraints.txt",
         "pyproject.toml",
         "README.md",
         "Makefile",

@@ -105,7 +105,7 @@ class TorchBackend(Backend):
             logger.info(
                 "%s cannot be loaded (%s); torch takes the weights in the bundle's graphs", source["weights"], error
             )
-            state = {name: self._torch.from_numpy(array) for name, array in weights_of(self.bundle).items()}
+            state = {name: self._torch.tensor(array) for name, array in weights_of(self.bundle).items()}
             state["logit_scale"] = self._torch.zeros(())  # no embedding depends on it
             return Checkpoint(state, self.bundle.architecture, str(self.bundle.path), None, self.bundle.trained)
         if checkpoint.sha256 != source["sha256"]:
