@@ -12,6 +12,7 @@ from longclip_rt.system.streams import told_at_best
 # As in `longclip_rt.train.config`, which is too heavy to import for a help text; a test compares them.
 PRESETS = ("longclip-b", "longclip-l", "tiny", "tiny-long")
 OBJECTIVES = ("longclip", "long+short", "long", "clip")
+FROZEN = ("none", "text")
 POSITIONS = ("kps", "interpolate", "none")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
@@ -52,6 +53,7 @@ _ABOVE_0 = click.FloatRange(min=0, min_open=True)
     "tokens.",
 )
 @click.option("--positions", type=click.Choice(POSITIONS), help="How 77 text positions become 248.")
+@click.option("--frozen", type=click.Choice(FROZEN), help="text trains the image tower alone. [default: none]")
 @click.option("--components", type=_POSITIVE, metavar="K", help="Principal components of PCM. [default: 32]")
 @click.option("--pcm-scope", type=click.Choice(["local", "global"]), help="PCM on a process's rows or on all of them.")
 @click.option("--label-smoothing", type=click.FloatRange(0, 1, max_open=True), metavar="S", help="[default: 0.1]")

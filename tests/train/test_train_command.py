@@ -54,6 +54,7 @@ def test_the_choices_are_those_of_the_library() -> None:
     assert tuple(config.PRESETS) == command.PRESETS
     assert get_args(config.ObjectiveName) == command.OBJECTIVES
     assert get_args(config.Positions) == command.POSITIONS
+    assert get_args(config.Frozen) == command.FROZEN
     assert get_args(config.Precision) == command.PRECISIONS
 
 
