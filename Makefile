@@ -1,4 +1,5 @@
-# make demo, test, test-gpu, lint, bench, tiny, study, docs: each makes .venv, installs what it needs, and nothing else.
+# make demo, test, test-latest, test-gpu, fuzz, lint, bench, tiny, study, docs, lock: each makes .venv, installs what it
+# needs, and nothing else.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
@@ -8,20 +9,35 @@ BUILT_IN := longclip_rt/assets/tiny
 B16 := $(DEMO)/vit-b-16
 L14 := $(DEMO)/vit-l-14
 
-.PHONY: demo test test-gpu lint bench tiny study docs clean
+.PHONY: demo test test-latest test-gpu lock fuzz lint bench tiny study docs clean
 
 .venv/.made:
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --upgrade pip
 	touch $@
 
-.venv/.demo-installed: .venv/.made setup.py
-	$(BIN)/pip install --quiet -e .
+# The versions that the tests ran with, so that what is released elsewhere breaks nothing here. make lock renews them.
+CONSTRAINTS ?= -c constraints.txt
+
+.venv/.demo-installed: .venv/.made setup.py constraints.txt
+	$(BIN)/pip install --quiet $(CONSTRAINTS) -e .
 	touch $@
 
-.venv/.dev-installed: .venv/.made setup.py
-	$(BIN)/pip install --quiet -e ".[dev]"
+.venv/.dev-installed: .venv/.made setup.py constraints.txt
+	$(BIN)/pip install --quiet $(CONSTRAINTS) -e ".[dev]"
 	touch .venv/.demo-installed $@
+
+# Writes constraints.txt anew with today's versions, for every system and Python that setup.py admits.
+lock: .venv/.made
+	$(BIN)/pip install --quiet uv
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --upgrade --no-header --no-annotate \
+	    setup.py --extra dev -o constraints.txt
+
+# The suite with the newest versions that there are, in an environment of its own.
+test-latest:
+	$(PYTHON) -m venv .venv-latest
+	.venv-latest/bin/pip install --quiet --upgrade pip
+	.venv-latest/bin/pip install --quiet --upgrade -e ".[dev]"
+	.venv-latest/bin/python -m pytest
 
 # The built-in model on drawn scenes that it never saw, beside real photographs, of which it knows nothing; and pictures that differ in one detail.
 demo: .venv/.demo-installed
@@ -41,6 +57,12 @@ test: lint
 test-gpu: .venv/.dev-installed
 	LONGCLIP_RT_TEST_GPU=1 $(BIN)/python -m pytest -m gpu tests/kernels tests/train tests/engines/test_on_gpu.py
 	$(BIN)/python benchmarks/pca_head.py
+
+# Spoiled files of every kind, drawn at random for FUZZ_SECONDS; the counts go into docs/robustness.md. What is found
+# lies in fuzz-findings/, and its seed in tests/fuzz/seeds.txt, which the next run and make test try again.
+FUZZ_SECONDS ?= 600
+fuzz: .venv/.dev-installed
+	$(BIN)/python tests/fuzz/fuzz.py --seconds $(FUZZ_SECONDS)
 
 lint: .venv/.dev-installed
 	$(BIN)/ruff check .

@@ -36,7 +36,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_namespace_packages(include=["longclip_rt", "longclip_rt.*"], exclude=["longclip_rt.assets*"]),
     package_data={
         "longclip_rt": [

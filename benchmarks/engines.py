@@ -20,9 +20,9 @@ from typing import Any
 from common import save_table
 
 from longclip_rt.bundle.bundle import MANIFEST, Bundle, load_bundle
-from longclip_rt.commands.engine_options import BATCHES, TEXT_BUCKETS, fused_attention
+from longclip_rt.choices import BATCHES, LIBRARIES, TEXT_BUCKETS
+from longclip_rt.commands.engine_options import fused_attention
 from longclip_rt.export.tensorrt.build import EngineOptions, build_engines, choose_builders
-from longclip_rt.tensorrt.engines import LIBRARIES
 
 
 def numbers(text: str) -> tuple[int, ...]:

@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from longclip_rt.metrics import pair_accuracy, retrieval, zero_shot_accuracy
 from longclip_rt.model.preprocess import ImageTransform
 from longclip_rt.model.tokenizer import Tokenizer, pad_tokens
 from longclip_rt.model.vocabulary import tokenizer_json
 from longclip_rt.runtime import Embedder
-from longclip_rt.train.evaluate import pair_accuracy, retrieval, zero_shot_accuracy
 from longclip_rt.train.scenes import (
     COLOURS,
     KINDS,
@@ -141,12 +141,12 @@ def measure(encoders: Encoders, count: int = SCENES) -> tuple[dict[str, float], 
     figures = {f"long_{name}": value for name, value in retrieval(image, long, k=(1,)).items()}
     short = encoders.texts([short_caption(one) for one in scenes])
     figures |= {f"short_{name}": value for name, value in retrieval(image, short, k=(1,)).items()}
-    labels = torch.tensor([KINDS.index(main_kind(one)) for one in scenes])
+    labels = [KINDS.index(main_kind(one)) for one in scenes]
     figures["zero_shot"] = zero_shot_accuracy(image, encoders.texts([class_prompt(kind) for kind in KINDS]), labels)
     # Kinds are shapes, the hardest thing to learn in this world; so the main thing's colour is asked for too, with
     # prompts averaged over the kinds.
     colours = list(COLOURS)
-    labels = torch.tensor([colours.index(one.things[0].colour) for one in scenes])
+    labels = [colours.index(one.things[0].colour) for one in scenes]
     prompts = encoders.texts([f"a photo of {with_article(f'{colour} {kind}')}" for colour in colours for kind in KINDS])
     averaged = prompts.reshape(len(colours), len(KINDS), -1).mean(dim=1)
     figures["zero_shot_colour"] = zero_shot_accuracy(image, averaged, labels)

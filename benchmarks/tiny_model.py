@@ -11,7 +11,6 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 from common import RESULTS, save_table
 from scene_tests import BIN, LATE, SCENES, BundleEncoders, measure
 from train_tiny import PHASES, RUN_FILE
@@ -19,6 +18,7 @@ from train_tiny import PHASES, RUN_FILE
 from longclip_rt.bundle.bundle import BUILT_IN, rename_weights
 from longclip_rt.bundle.samples import example_captions
 from longclip_rt.export.exporter import ExportOptions, export_bundle
+from longclip_rt.metrics import retrieval
 from longclip_rt.runtime import Embedder
 from longclip_rt.train.run.card import CARD_FILE, ModelCard, TrainingFacts, write_model_card
 from longclip_rt.train.run.results import WEIGHTS
@@ -64,7 +64,7 @@ def photographs(embedder: Embedder) -> float:
     captions = example_captions()
     images = embedder.embed_images([caption.photo for caption in captions])
     texts = embedder.embed_texts([caption.long for caption in captions])
-    return float(((texts @ images.T).argmax(axis=1) == np.arange(len(captions))).mean())
+    return retrieval(images, texts, k=(1,))["t2i_r1"]
 
 
 def card(run: Path, rows: list[dict[str, object]]) -> ModelCard:

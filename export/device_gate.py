@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from longclip_rt.backends.base import Backend
 from longclip_rt.bundle.bundle import Bundle, load_bundle
+from longclip_rt.choices import LIBRARIES
 from longclip_rt.errors import BackendError, MissingExtraError
-from longclip_rt.opening import Backend, availability, open_backend
+from longclip_rt.opening import availability, open_backend
 from longclip_rt.parity.gate import reference_from_backend, sample_for, verify_backend
 from longclip_rt.parity.limits import Check
 from longclip_rt.system.closing import closed_after
-from longclip_rt.tensorrt.engines import LIBRARIES, engines_of
+from longclip_rt.tensorrt.engines import engines_of
 
 
 def device_checks(

@@ -22,6 +22,7 @@ from longclip_rt.bundle.bundle import (
     write_manifest,
 )
 from longclip_rt.bundle.samples import example_photos
+from longclip_rt.choices import ARCHITECTURES
 from longclip_rt.errors import ExportError
 from longclip_rt.export.onnx import OPSET, export_tower
 from longclip_rt.export.precision import BlockActivation, half_tower
@@ -43,9 +44,6 @@ from longclip_rt.system.files import directory_in_the_making, write_text_atomica
 from longclip_rt.weights.checkpoint import Checkpoint, load_checkpoint, towers_from_checkpoint
 
 logger = logging.getLogger("longclip_rt")
-
-ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-"""Compute capabilities times ten that a PCA head is compiled for; no GPU needs to be here."""
 
 Progress = Callable[[str], None]
 
@@ -156,6 +154,7 @@ def export_bundle(options: ExportOptions, progress: Progress = lambda stage: Non
         sample = sample_for(bundle)
         progress("running the torch towers")
         reference, activations = reference_from_towers(text, image, sample)
+        _refuse_without_vectors(reference, options.weights)
         if pca is not None:
             save_pca(pca, staging / PCA)
             reference = reference.with_pca(pca, options.pca_mode)
@@ -175,6 +174,18 @@ def export_bundle(options: ExportOptions, progress: Progress = lambda stage: Non
         progress("hashing")
         write_manifest(staging, {**fields, "parity": report.to_dict()})
     return load_bundle(target), report
+
+
+def _refuse_without_vectors(reference: Reference, weights: str) -> None:
+    """Refuses weights whose vectors are no unit vectors even as torch computes them in fp32."""
+    for tower in TOWERS:
+        lengths = np.linalg.norm(reference.outputs[tower][f"{tower}_embeds"], axis=1)
+        broken = int((~(np.abs(lengths - 1) < 1e-3)).sum())  # not-a-number too
+        if broken:
+            raise ExportError(
+                f"{weights} gives {broken} of {len(lengths)} {tower}s of the sample no vector: numbers "
+                "overflow, or all are zero. The weights are broken, as of a training that diverged; export others."
+            )
 
 
 def _check(options: ExportOptions) -> None:
@@ -258,7 +269,7 @@ def _outputs(tower: TextTower | ImageTower, names: tuple[str, ...]) -> list[str]
         target, colon, output = name.rpartition(":")
         if colon and target not in TOWERS:
             raise ExportError(
-                f"There is no {target!r} tower; write --output {output}, text:{output} or image:{output}."
+                f"There is no {target!r} tower; write --output-name {output}, text:{output} or image:{output}."
             )
         if target in ("", kind) and output not in chosen:
             chosen.append(output)
@@ -312,7 +323,7 @@ def _manifest_fields(
     return {
         "name": architecture.name,
         "trained": checkpoint.trained,
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "architecture": architecture.to_dict(),
         "context_length": architecture.context_length,
         "image": {

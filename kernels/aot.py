@@ -16,16 +16,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from longclip_rt.choices import ARCHITECTURES
 from longclip_rt.errors import KernelError
-from longclip_rt.kernels import pca_head, pca_project
-from longclip_rt.kernels.launch import KernelConfig, Step, interpreted
-from longclip_rt.kernels.roofline import GPUS
+from longclip_rt.kernels import pca_head
+from longclip_rt.kernels.launch import KernelConfig, interpreted
 from longclip_rt.system.files import directory_in_the_making
 
-ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-"""Compute capabilities times ten: Ampere (data centre, desktop), Ada, Hopper, Blackwell (data centre, desktop)."""
-
-_TORCH_NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 # What a program may ask for, in bytes.
 _SHARED_LIMITS = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 # Ampere, Ada and desktop Blackwell; Hopper; data centre Blackwell.
@@ -106,24 +102,6 @@ class Compiled:
         return fields
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """The launch that traffic and times are computed for: B rows, W wide, embeddings of D numbers, K components."""
-
-    rows: int = 65536
-    width: int = 512
-    dim: int = 512
-    k: int = 64
-
-    def steps(self, kernel: str, size: int) -> dict[str, list[Step]]:
-        """What the kernel and its alternatives move and compute, with numbers of `size` bytes."""
-        if kernel == "pca_head":
-            return pca_head.pca_head_steps(self.rows, self.width, self.dim, self.k, size)
-        if kernel == "pca_project":
-            return pca_project.pca_project_steps(self.rows, self.dim, self.k, size)
-        return pca_project.pca_reconstruct_steps(self.rows, self.dim, self.k, size)
-
-
 def variants(dtypes: Iterable[str] = ("fp16", "bf16", "fp32")) -> Iterator[Variant]:
     """Every kernel in every configuration; each in the two forms that differ most."""
     for dtype in dtypes:
@@ -134,13 +112,6 @@ def variants(dtypes: Iterable[str] = ("fp16", "bf16", "fp32")) -> Iterator[Varia
                 constants = {**common, "WITH_EMBEDDING": embedding, "ONE_TILE": not embedding}
                 form = "embedding-too" if embedding else "one-tile"
                 yield Variant("pca_head", form, dtype, config, constants)
-        for config in pca_project.HALF_CONFIGS if half else pca_project.SINGLE_CONFIGS:
-            for one_tile in (True, False):
-                form = "one-tile" if one_tile else "many-tiles"
-                yield Variant("pca_project", form, dtype, config, {**common, "ONE_TILE": one_tile})
-        for config in pca_project.HALF_TWIN_CONFIGS if half else pca_project.SINGLE_TWIN_CONFIGS:
-            for block in (32, 128) if half else (16, 64):
-                yield Variant("pca_reconstruct", f"k-{block}", dtype, config, {**common, "BLOCK_K": block})
 
 
 def compile_variant(variant: Variant, arch: int) -> Compiled:
@@ -149,16 +120,11 @@ def compile_variant(variant: Variant, arch: int) -> Compiled:
     Raises:
         KernelError: Triton cannot compile it, or was told to interpret.
     """
-    kernel = {
-        "pca_head": pca_head._pca_head_kernel,
-        "pca_project": pca_project._pca_project_kernel,
-        "pca_reconstruct": pca_project._pca_reconstruct_kernel,
-    }[variant.kernel]
+    kernel = {"pca_head": pca_head._pca_head_kernel}[variant.kernel]
     if interpreted(kernel):
         raise KernelError("TRITON_INTERPRET is set, so Triton interprets the kernels. Unset it to compile them.")
     config = variant.config
-    inner = "BLOCK_W" if variant.kernel == "pca_head" else "BLOCK_D"
-    constants = {**variant.constants, "BLOCK_B": config.rows, "BLOCK_N": config.columns, inner: config.inner}
+    constants = {**variant.constants, "BLOCK_B": config.rows, "BLOCK_N": config.columns, "BLOCK_W": config.inner}
     constants["stride_col"] = 1
     names = list(kernel.arg_names)
     signature = {name: _type(name, variant.dtype, constants) for name in names}
@@ -190,16 +156,15 @@ def compile_variant(variant: Variant, arch: int) -> Compiled:
     )
 
 
-_FREE = {"total_rows", "columns", "k"}
-_SINGLE = {"bias", "shift", "mean", "reduced", "result"}
+_FREE = {"total_rows", "k"}
 
 
 def _type(name: str, dtype: str, constants: dict[str, Any]) -> str:
     if name in constants:
         return "constexpr"
-    if name in ("pooled", "weight", "back") or (name == "embedding" and "WITH_EMBEDDING" not in constants):
+    if name in ("pooled", "weight"):
         return f"*{dtype}"
-    if name in _SINGLE or name == "embedding":
+    if name in ("bias", "shift", "embedding", "reduced"):
         return "*fp32"
     return "fp32" if name in ("eps", "floor") else "i32"
 
@@ -267,23 +232,8 @@ def compile_kernels(
         return list(pool.map(one, jobs))
 
 
-def roofline_rows(architectures: Sequence[int], sizes: Sizes) -> list[dict[str, Any]]:
-    """Computed least times on named GPUs: of each kernel, and of the sequences that do the same without it."""
-    rows = []
-    for gpu in (gpu for gpu in GPUS if gpu.arch in architectures):
-        for kernel in ("pca_head", "pca_project", "pca_reconstruct"):
-            for dtype, size in (("fp16", 2), ("fp32", 4)):
-                for way, steps in sizes.steps(kernel, size).items():
-                    rows.append({
-                        "gpu": gpu.name, "kernel": kernel, "dtype": dtype, "way": way, "launches": len(steps),
-                        "bytes": sum(step.bytes for step in steps), "flops": sum(step.flops for step in steps),
-                        "roofline_us": round(1e6 * gpu.seconds(steps, half=size == 2), 1),
-                    })  # fmt: skip
-    return rows
-
-
-def save_compiled(compiled: Sequence[Compiled], out: Path, sizes: Sizes) -> None:
-    """Writes the cubins and `kernels.json`: the tables, and what a launch needs to know of each cubin.
+def save_compiled(compiled: Sequence[Compiled], out: Path) -> None:
+    """Writes the cubins and `kernels.json`: the table, and what a launch needs to know of each cubin.
 
     Raises:
         OutputError: The folder exists or cannot be written.
@@ -295,11 +245,5 @@ def save_compiled(compiled: Sequence[Compiled], out: Path, sizes: Sizes) -> None
             {**entry.row(), "file": f"{entry.name}.cubin", "entry": entry.entry, "warps": entry.warps}
             for entry in compiled
         ]
-        architectures = sorted({entry.arch for entry in compiled})
-        about = {
-            "triton": triton.__version__,
-            "launch": asdict(sizes),
-            "kernels": kernels,
-            "roofline, computed and not measured": roofline_rows(architectures, sizes),
-        }
+        about = {"triton": triton.__version__, "kernels": kernels}
         (staging / "kernels.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")

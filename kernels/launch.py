@@ -37,21 +37,6 @@ class KernelConfig:
     stages: int
 
 
-@dataclass(frozen=True)
-class Step:
-    """One launch, or one operator of a sequence: what it moves through the card's memory and computes.
-
-    Attributes:
-        name: What it does.
-        bytes: Read and written, each array once.
-        flops: Of its matrix products, two a multiplication with its addition.
-    """
-
-    name: str
-    bytes: int
-    flops: int = 0
-
-
 _fastest: dict[tuple[object, ...], KernelConfig] = {}
 
 

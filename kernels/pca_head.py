@@ -22,7 +22,6 @@ from torch.nn import functional as F
 from longclip_rt.errors import KernelError
 from longclip_rt.kernels.launch import (
     KernelConfig,
-    Step,
     bucket,
     check_dtype,
     check_rows,
@@ -86,7 +85,7 @@ SINGLE_CONFIGS = (
 
 
 @triton.jit
-def row_scale(row_starts, stride_col, rows, width, total_rows, BLOCK_W: tl.constexpr):  # type: ignore[no-untyped-def]
+def _row_scale(row_starts, stride_col, rows, width, total_rows, BLOCK_W: tl.constexpr):  # type: ignore[no-untyped-def]
     """For each row the power of two 1 / 2^e, 2^e <= its largest magnitude, e from 0 to 126: [BLOCK_B] float32.
 
     `row_starts` are pointers to the rows' first entries, [BLOCK_B].
@@ -154,7 +153,7 @@ def _product(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def scale_stored(stored, stride, rows, total_rows, columns, factor, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
+def _scale_stored(stored, stride, rows, total_rows, columns, factor, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
     """Multiplies the rows [BLOCK_B, columns] that this program has stored by `factor` [BLOCK_B]."""
     tl.debug_barrier()  # other threads of the program may have written what this one reads
     for start in range(0, columns, BLOCK_N):
@@ -180,7 +179,7 @@ def _pca_head_kernel(  # type: ignore[no-untyped-def]
     rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     row_starts = pooled + rows.to(tl.int64) * stride_row
     if WIDE:
-        scale = row_scale(row_starts, stride_col, rows, width, total_rows, BLOCK_W)
+        scale = _row_scale(row_starts, stride_col, rows, width, total_rows, BLOCK_W)
     else:
         scale = tl.full((BLOCK_B,), 1.0, tl.float32)
     mean, variance = _row_moments(row_starts, stride_col, rows, width, total_rows, scale, BLOCK_W)
@@ -199,7 +198,7 @@ def _pca_head_kernel(  # type: ignore[no-untyped-def]
             tl.store(embedding + rows.to(tl.int64)[:, None] * dim + n[None, :], z, mask=inside)
     inverse = 1.0 / tl.maximum(tl.sqrt(squares), floor)
     if WITH_EMBEDDING:
-        scale_stored(embedding, dim, rows, total_rows, dim, inverse, BLOCK_N)
+        _scale_stored(embedding, dim, rows, total_rows, dim, inverse, BLOCK_N)
 
     squares = tl.zeros((BLOCK_B,), tl.float32)
     for start in range(0, k, BLOCK_N):
@@ -214,7 +213,7 @@ def _pca_head_kernel(  # type: ignore[no-untyped-def]
         inside = (rows < total_rows)[:, None] & (n < k)[None, :]
         tl.store(reduced + rows.to(tl.int64)[:, None] * k + n[None, :], y, mask=inside)
     if NORMALIZE and not ONE_TILE:
-        scale_stored(reduced, k, rows, total_rows, k, 1.0 / tl.maximum(tl.sqrt(squares), 1e-12), BLOCK_N)
+        _scale_stored(reduced, k, rows, total_rows, k, 1.0 / tl.maximum(tl.sqrt(squares), 1e-12), BLOCK_N)
 
 
 @dataclass(frozen=True, eq=False)
@@ -351,37 +350,3 @@ def pca_head(
     if rows:
         run(chosen)
     return reduced, embedding
-
-
-def pca_head_steps(rows: int, width: int, dim: int, k: int, size: int) -> dict[str, list[Step]]:
-    """What three ways to compute the head move and compute.
-
-    Args:
-        rows: B.
-        width: W.
-        dim: D.
-        k: K.
-        size: Bytes of a number: 2 or 4.
-
-    Returns:
-        `kernel`: one launch; `unfused`: an operator at a time; `two products`: LayerNorm, one product with [P | P V],
-        and what follows it in one pass.
-    """
-    state, embedding, reduced = rows * width * size, rows * dim * size, rows * k * size
-    both = width * (dim + k)
-    return {
-        "kernel": [Step("pca_head", state + both * size + 4 * (dim + 2 * k) + 4 * rows * k, 2 * rows * both)],
-        "unfused": [
-            Step("LayerNorm", 2 * state),
-            Step("projection", state + width * dim * size + embedding, 2 * rows * width * dim),
-            Step("L2 norm", 2 * embedding),
-            Step("centre", 2 * embedding),
-            Step("components", embedding + dim * k * size + reduced, 2 * rows * dim * k),
-            Step("L2 norm", 2 * reduced),
-        ],
-        "two products": [
-            Step("LayerNorm", 2 * state),
-            Step("[P | P V]", state + both * size + embedding + reduced, 2 * rows * both),
-            Step("norms and shift", embedding + 2 * reduced),
-        ],
-    }

@@ -18,6 +18,10 @@ from longclip_rt.errors import KernelError
 from longclip_rt.kernels.launch import KernelConfig, interpreted
 from longclip_rt.kernels.pca_head import HALF_CONFIGS, _pca_head_kernel
 
+PTX_VERSION = 87
+"""Of the code that an engine carries: 8.7 has all architectures from sm_80 to sm_120, and drivers of CUDA 13 take it.
+Left alone, Triton 3.9 writes 9.4 for sm_90 and newer, which the driver of CUDA 13.0 (580) refuses."""
+
 PARAMETERS = ("u64", "u64", "u64", "u64", "u32", "u64")
 """PTX types of what TensorRT passes: states, weight, bias, shift; rows; reduced."""
 
@@ -84,7 +88,7 @@ def compile_plugin(constants: dict[str, Any], config: KernelConfig, arch: int) -
     signature |= {"reduced": "*fp32"} | dict.fromkeys(constants, "constexpr")
     attributes = {(index,): [["tt.divisibility", 16]] for index in (0, 1, 2, 3, 5)}
     source = ASTSource(_pca_head_plugin_kernel, signature, constants, attributes)
-    options = {"num_warps": config.warps, "num_stages": config.stages}
+    options = {"num_warps": config.warps, "num_stages": config.stages, "ptx_version": PTX_VERSION}
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     except Exception as error:  # Triton's errors, ptxas's and LLVM's share no narrower class

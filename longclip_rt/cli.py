@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 import sys
 from collections.abc import Sequence
 
@@ -27,6 +28,10 @@ COMMANDS = {
 """Name -> what the help says, in the order of use. Each lives in `longclip_rt.commands.<name>`."""
 
 
+HIDDEN = ("kernels",)
+"""For those who work on this program; left out of the first screen."""
+
+
 class _Commands(click.Group):
     """Lists commands in the order of `COMMANDS` and imports each when it is needed."""
 
@@ -45,7 +50,7 @@ class _Commands(click.Group):
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes the list of commands without importing them."""
         with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+            formatter.write_dl([(name, words) for name, words in COMMANDS.items() if name not in HIDDEN])
 
 
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -71,20 +76,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
         longclip_rt(list(arguments) if arguments is not None else None, prog_name="longclip-rt")
     except LongClipError as error:
         _end(str(error))
-    except MemoryError:
-        _end(f"There is not enough memory{_LIMITED}")
-    except OSError as error:
-        _end(f"{error.filename or 'Standard output'} cannot be used: {error.strerror or error}.")
-    except (ImportError, RuntimeError) as error:
-        # What the system says of memory that it does not give to a library or to a thread.
-        if not any(sign in str(error) for sign in ("failed to map segment", "allocate memory", "start new thread")):
+    except Exception as error:
+        if (shortage := _shortage_of_memory(error)) is not None:
+            _end(f"There is not enough memory{shortage}{_LIMITED}")
+        if not isinstance(error, OSError):
             raise
-        _end(f"There is not enough memory ({error}){_LIMITED}")
+        _end(f"{error.filename or 'Something of the system'} cannot be used: {error.strerror or error}.")
     finally:
         close_standard_streams()
 
 
 _LIMITED = ". Free some, raise the limit (ulimit -v), or use fewer --workers; begun work goes on with the same command."
+# What is said of memory that is not given to a library, a thread, OpenVINO or C++.
+_SIGNS = re.compile(r"failed to map segment|allocate memory|start new thread|can't alloc|bad_alloc")
+
+
+def _shortage_of_memory(error: BaseException | None) -> str | None:
+    """What an error, or one that it came from, says of too little memory; None where that is not what it says."""
+    while error is not None:
+        if sign := next((line.strip() for line in str(error).splitlines() if _SIGNS.search(line)), ""):
+            return f" ({sign})"
+        if isinstance(error, MemoryError):
+            return ""
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _end(message: str) -> None:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+_LONGEST = 2000
+
 
 class LongClipError(Exception):
     """Base of every error this package raises on purpose.
 
-    The message says what was given, what was expected and how to mend it.
+    The message says what was given, what was expected and how to mend it. It may quote a file, so that characters which
+    could steer a terminal are shown as escapes, and what is longer than a screen is cut.
     """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+        return "".join(one if one.isprintable() or one == "\n" else ascii(one)[1:-1] for one in text)
 
 
 class WeightsError(LongClipError):

@@ -10,32 +10,14 @@ from dataclasses import dataclass
 
 from longclip_rt.backends.base import Backend
 from longclip_rt.bundle.bundle import Bundle
+from longclip_rt.choices import BACKENDS, GPU_BACKENDS, PRECISIONS
 from longclip_rt.errors import BackendError, LongClipError, MissingExtraError
 from longclip_rt.system import machine
 
-__all__ = [
-    "AUTO_ORDER",
-    "BACKENDS",
-    "GPU_BACKENDS",
-    "PRECISIONS",
-    "Availability",
-    "Backend",
-    "availability",
-    "open_backend",
-]
-
 logger = logging.getLogger("longclip_rt")
-
-GPU_BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda")
-"""Those that run on NVIDIA GPUs alone; `torch` does too, where it was built for CUDA."""
-
-BACKENDS = (*GPU_BACKENDS, "openvino", "onnxruntime", "torch")
-"""Every backend, as `--backend` takes them."""
 
 AUTO_ORDER = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "openvino", "onnxruntime")
 """What `auto` tries, in this order. Not `torch`, the reference: it is slower, and needs more than the bundle."""
-
-PRECISIONS = ("fp32", "bf16", "fp16")
 
 _NEEDED = {
     "tensorrt": ("tensorrt", "cuda.core"),

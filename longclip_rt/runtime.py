@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from longclip_rt.backends.base import Float32
+from longclip_rt.backends.base import Backend, Float32
 from longclip_rt.backends.batching import plan_batches
 from longclip_rt.bundle.bundle import Bundle, default_bundle, load_bundle
 from longclip_rt.errors import InputError, PcaError
 from longclip_rt.model.tokenizer import pad_tokens
-from longclip_rt.opening import Backend, open_backend
+from longclip_rt.opening import open_backend
 from longclip_rt.pca.basis import Pca, check_mode, load_pca
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Embedder:
 
         Args:
             path: Its directory; None takes the newest exported bundle, else the built-in model, and logs which.
-            backend: `auto`, or one of `longclip_rt.backends.BACKENDS`.
+            backend: `auto`, or one of `longclip_rt.choices.BACKENDS`.
             precision: `auto`, `fp32`, `bf16` or `fp16`.
             pca: A PCA or its file, to reduce the embeddings with; `bundle` takes the one that the bundle carries.
             pca_mode: `project` or `reconstruct`, as in `Pca.apply`.

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -10,10 +11,9 @@ from click import Context
 from click.testing import CliRunner
 
 from longclip_rt import __version__
-from longclip_rt.cli import COMMANDS, longclip_rt, main
-from longclip_rt.commands import options
+from longclip_rt.choices import BACKENDS
+from longclip_rt.cli import COMMANDS, HIDDEN, longclip_rt, main
 from longclip_rt.commands.info import info
-from longclip_rt.opening import BACKENDS, PRECISIONS
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -27,11 +27,6 @@ def test_every_command_has_help_with_an_example(name: str) -> None:
             assert parameter.help, f"{name} {parameter.name}"  # type: ignore[attr-defined]
 
 
-def test_the_options_offer_what_the_backends_are() -> None:
-    assert ("auto", *BACKENDS) == options.BACKENDS
-    assert ("auto", *PRECISIONS) == options.PRECISIONS
-
-
 def test_help_imports_nothing_heavy() -> None:
     script = (
         "import sys\n"
@@ -43,7 +38,7 @@ def test_help_imports_nothing_heavy() -> None:
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "[]"
-    assert all(name in result.stdout for name in COMMANDS)
+    assert all((name in result.stdout) == (name not in HIDDEN) for name in COMMANDS)
 
 
 def test_embedding_imports_no_torch(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -75,6 +70,43 @@ def test_an_error_is_one_sentence_and_exit_status_1(tmp_path: Path, capsys: pyte
     captured = capsys.readouterr()
     assert captured.err.startswith("Error: ") and "Traceback" not in captured.err
     assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "There is not enough memory. Free some"),
+        (
+            RuntimeError("Exception from node.cpp:823:\n[CPU] node 'x' can't alloc\n"),
+            "memory ([CPU] node 'x' can't alloc)",
+        ),
+        (ImportError("libarrow.so: failed to map segment from shared object"), "memory (libarrow.so: failed to map"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "There is not enough memory ("),
+        (OSError(errno.EMFILE, "Too many open files"), "Something of the system cannot be used: Too many open files."),
+        (OSError(errno.EACCES, "Permission denied", "x"), "x cannot be used: Permission denied."),
+    ],
+)
+def test_what_the_system_refuses_is_a_sentence(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(**options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(info, "callback", fail)
+    with pytest.raises(SystemExit) as caught:
+        main(["info"])
+    assert caught.value.code == 1
+    err = capsys.readouterr().err
+    assert err.startswith("Error: ") and said in err and len(err.splitlines()) == 1
+
+
+def test_a_fault_of_the_program_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**options: object) -> None:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(info, "callback", fail)
+    with pytest.raises(RuntimeError, match="a fault"):
+        main(["info"])
 
 
 def test_a_usage_error_is_exit_status_2() -> None:

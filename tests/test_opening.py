@@ -70,7 +70,7 @@ def test_further_outputs_come_by_name(tiny_bundle: Path, tiny_weights: Path, nam
         backend.run("text", IDS, names), text.with_outputs(names)(torch.from_numpy(IDS)), strict=True
     ):
         np.testing.assert_allclose(got, wanted.numpy(), atol=2e-5)
-    with pytest.raises(BackendError, match=r"hidden_states\.-1.*--output hidden_states\.-1"):
+    with pytest.raises(BackendError, match=r"hidden_states\.-1.*--output-name hidden_states\.-1"):
         backend.run("text", IDS, ("hidden_states.-1",))
 
 

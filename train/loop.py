@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from longclip_rt.errors import TrainingError
+from longclip_rt.metrics import retrieval
 from longclip_rt.train.config import TrainConfig
 from longclip_rt.train.data.training_data import Batch
 from longclip_rt.train.distributed import Processes, processes
-from longclip_rt.train.evaluate import retrieval
 from longclip_rt.train.loss import Objective
 from longclip_rt.train.model import TrainableClip
 from longclip_rt.train.run.checkpoints import TrainState, save_checkpoint
@@ -33,8 +33,14 @@ logger = logging.getLogger("longclip_rt")
 LOG_EVERY = 10
 """Steps between two lines of metrics."""
 
-# A few such steps are normal while fp16's loss scale settles; many in a row are a run that has diverged.
+# A few such steps are normal while fp16's loss scale settles; many in a row, or most of the run's, are a run that has
+# diverged.
 _MOST_BROKEN_STEPS = 20
+
+_ADVICE = (
+    "Begin anew with another --out and a lower --lr, bound the gradients with --clip-grad-norm 1, or compute in bf16 "
+    "or fp32."
+)
 
 
 @dataclass(frozen=True)
@@ -129,6 +135,7 @@ class _Run:
         self.step, self.seconds, self.broken, self.skipped = 0, 0.0, 0, 0
         if resumed is not None:
             self._restore(resumed)
+        self.first = self.step
         if config.compile:
             self.model.compile_towers()
         if procs.main:
@@ -149,7 +156,8 @@ class _Run:
                 stack.enter_context(log)
             stack.enter_context(progress)
             for batch in self._batches():
-                losses = self._train_step(batch.to(self.procs.device))
+                batch = batch.to(self.procs.device)
+                losses = self._train_step(batch)
                 self.step += 1
                 last = self.step == self.total
                 if log is not None and (self.step % LOG_EVERY == 0 or last):
@@ -163,6 +171,7 @@ class _Run:
                     if log is not None:
                         log.record(self.step, figures)
                 if self.step % self.config.checkpoint_every == 0 or last:
+                    self._refuse_diverged(batch)
                     self.seconds = time.perf_counter() - began
                     self._save()
         if trained:
@@ -223,8 +232,26 @@ class _Run:
             logger.warning("step %d: the gradients are not finite; the step was left out", self.step + 1)
         if self.broken >= _MOST_BROKEN_STEPS:
             raise TrainingError(
-                f"The gradients of {self.broken} steps in a row, up to step {self.step + 1}, are not finite. Lower the "
-                "learning rate, bound the gradients with --clip-grad-norm 1, or compute in bf16 or fp32."
+                f"The gradients of {self.broken} steps in a row, up to step {self.step + 1}, are not finite. {_ADVICE}"
+            )
+        done = self.step + 1 - self.first
+        if self.skipped >= _MOST_BROKEN_STEPS and 2 * self.skipped > done:
+            raise TrainingError(
+                f"The gradients of {self.skipped} of {done} steps, up to step {self.step + 1}, are not finite. "
+                f"{_ADVICE}"
+            )
+
+    @torch.no_grad()
+    def _refuse_diverged(self, batch: Batch) -> None:
+        """Refuses weights that give no features any more, before they are saved: going on from them is of no use."""
+        rows = self.config.chunk_size
+        with self._autocast():
+            both = self.model.encode_image(batch.pixels[:rows]), self.model.encode_text(batch.long_ids[:rows])
+        sound = all(bool(torch.isfinite(one).all()) and bool(one.any()) for one in both)
+        if not all(self.procs.collect(sound)):
+            raise TrainingError(
+                f"The run diverged: after step {self.step} the weights give no numbers any more, so they were not "
+                f"saved. {_ADVICE}"
             )
 
     def _autocast(self) -> Any:
@@ -246,7 +273,7 @@ class _Run:
                     parts["short"].append(self.model.encode_text(batch.short_ids).float())
             self.model.train()
             if parts["image"]:
-                image, long, short = (torch.cat(rows) for rows in parts.values())
+                image, long, short = (torch.cat(rows).cpu().numpy() for rows in parts.values())
                 for name, text in (("long", long), ("short", short)):
                     figures |= {f"{name}_{key}": value for key, value in retrieval(image, text).items()}
         self.procs.wait()

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from longclip_rt.bundle.bundle import TOWERS, Bundle
+from longclip_rt.choices import BATCHES, LARGEST_WORKSPACE, TEXT_BUCKETS
 from longclip_rt.errors import BundleError, EngineError
 from longclip_rt.export.plugin import compiled_by
-from longclip_rt.export.tensorrt.builders import EVERY, Builders, choose_builders
+from longclip_rt.export.tensorrt.builders import Builders, choose_builders
 from longclip_rt.export.tensorrt.folder import engine_in_the_making
 from longclip_rt.export.tensorrt.plan import NoFusedAttention, PlanFacts, PlanRequest, build_plan
 from longclip_rt.tensorrt.engines import (
@@ -39,7 +40,6 @@ from longclip_rt.tensorrt.profiles import Profile
 from longclip_rt.version import __version__
 
 __all__ = [
-    "EVERY",
     "WITH_LEVELS",
     "WITH_PLUGINS",
     "Builders",
@@ -60,9 +60,6 @@ WITH_PLUGINS = ("tensorrt",)
 WITH_LEVELS = ("tensorrt",)
 """Libraries that heed an optimisation level; TensorRT-RTX 1.7 builds the same bytes with each."""
 
-LARGEST_WORKSPACE = 1 << 20
-"""MiB: 1 TiB, more than any GPU has. The library's own number has 64 bits and overflows far above."""
-
 
 @dataclass(frozen=True)
 class EngineOptions:
@@ -78,8 +75,8 @@ class EngineOptions:
     """
 
     precision: str = "fp16"
-    text_buckets: tuple[int, ...] = (32, 77, 128, 248)
-    batches: tuple[int, ...] = (1, 32, 256)
+    text_buckets: tuple[int, ...] = TEXT_BUCKETS
+    batches: tuple[int, ...] = BATCHES
     optimization_level: int | None = None
     workspace_mib: int | None = None
 
@@ -267,7 +264,7 @@ def _build_engine(
         if key.options.get("pca_head") == HEAD_KERNEL:
             copied = copy_head(bundle.path, folder, key.archs)
             assert copied
-        created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         write_engine_manifest(folder, key, {"created": created, "longclip_rt": __version__, "towers": facts})
 
 

@@ -7,14 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from longclip_rt.choices import EVERY, LIBRARIES
 from longclip_rt.errors import EngineError
 from longclip_rt.system.machine import cuda_devices
-from longclip_rt.tensorrt.engines import LIBRARIES, import_library
+from longclip_rt.tensorrt.engines import import_library
 
 logger = logging.getLogger("longclip_rt")
-
-EVERY = "all"
-"""Instead of architectures: every one that the library builds for."""
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from longclip_rt.backends.base import INPUT_NAMES, Float32
 from longclip_rt.bundle.bundle import Bundle
 from longclip_rt.export.tensorrt.head_graph import with_head_plugin, with_head_states
+from longclip_rt.metrics import EPS
 from longclip_rt.model.tokenizer import pad_tokens
 from longclip_rt.parity.limits import LIMITS, LOOSEST, Check, Reference, Sample
-from longclip_rt.pca.basis import EPS, Pca
+from longclip_rt.pca.basis import Pca
 from longclip_rt.system.files import output_errors
 from longclip_rt.tensorrt.head import (
     FORMAT_VERSION,

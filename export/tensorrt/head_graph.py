@@ -20,11 +20,6 @@ PLUGIN_NAMESPACE, PLUGIN_NAME = "longclip", "pca_head"
 _FLOAT, _HALF = 1, 10  # onnx.TensorProto.FLOAT, FLOAT16
 
 
-def has_head(model: Any) -> bool:
-    """Whether a graph (`onnx.ModelProto`) was exported with a PCA."""
-    return any(WEIGHT in node.input for node in model.graph.node)
-
-
 def with_head_states(model: Any, tower: str) -> None:
     """Makes a graph hand out the pooled states [B, W] float16 instead of their PCA; in place.
 

@@ -95,7 +95,7 @@ class Backend(ABC):
         if unknown := [name for name in names if name not in known]:
             raise BackendError(
                 f"The bundle has no {tower} output {', '.join(unknown)}; it has {', '.join(known)}. "
-                f"Export it again with --output {unknown[0]}."
+                f"Export it again with --output-name {unknown[0]}."
             )
         self._check_shape(tower, inputs.shape)
         if self._process != os.getpid():

@@ -16,7 +16,8 @@ from longclip_rt.errors import BackendError
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 PROVIDERS = {"onnxruntime": CPU, "onnxruntime-cuda": CUDA}
-"""Backend -> the provider that must run its encoders."""
+"""Backend -> the provider that must run its encoders. There is none for TensorRT: ONNX Runtime 1.31's links TensorRT
+10, and the engines here are TensorRT 11's."""
 
 NO_GPU = ("there is no NVIDIA GPU with a driver here", "nvidia-smi")
 """Why a backend for GPUs cannot be used, and what shows more."""
@@ -29,8 +30,6 @@ _SHAPE_OPERATORS = frozenset({
     "Add", "Cast", "Concat", "ConstantOfShape", "Constant", "Div", "Equal", "Expand", "Gather", "Identity", "Mul",
     "Range", "Reshape", "Shape", "Size", "Slice", "Squeeze", "Sub", "Unsqueeze", "Where", "Min", "Max", "Less",
 })  # fmt: skip
-
-Option = str | int | bool
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Assignment:
     operator: str
 
 
-def provider_settings(backend: str, device: int) -> list[tuple[str, dict[str, Option]]]:
+def provider_settings(backend: str, device: int) -> list[tuple[str, dict[str, int]]]:
     """What a session is opened with: its provider and that one's options.
 
     Args:

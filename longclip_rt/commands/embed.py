@@ -77,7 +77,8 @@ class _Bar:
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @click.option(
     "-o",
-    "--output",
+    "--out",
+    "output",
     type=click.Path(path_type=Path),
     callback=_output_name,
     help="Where to write: .parquet, .npy (with .ids.jsonl and .meta.json beside it) or .jsonl (with .meta.json). "

@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from longclip_rt.commands.engine_options import ENGINES, WORKSPACE, builds_engines, built_with_a_bar
+from longclip_rt.choices import LARGEST_WORKSPACE, LIBRARIES
+from longclip_rt.commands.engine_options import builds_engines, built_with_a_bar
 from longclip_rt.commands.options import gpu_numbers, runs_the_model
 
 
@@ -26,13 +27,18 @@ def engine() -> None:
 
 @engine.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--engine", "name", type=click.Choice(ENGINES), default="auto", show_default=True, help="What builds.")
+@click.option(
+    "--engine", "name", type=click.Choice(["auto", *LIBRARIES]), default="auto", show_default=True, help="What builds."
+)
 @builds_engines
 @click.option(
     "--precision", type=click.Choice(["fp16", "fp32"]), default="fp16", show_default=True, help="Graphs to use."
 )
 @click.option(
-    "--workspace", type=click.IntRange(1, WORKSPACE), metavar="MIB", help="Most memory that a layer may compute in."
+    "--workspace",
+    type=click.IntRange(1, LARGEST_WORKSPACE),
+    metavar="MIB",
+    help="Most memory that a layer may compute in.",
 )
 @click.option("--missing", is_flag=True, help="Build only what is not there, or is damaged or built otherwise.")
 def build(

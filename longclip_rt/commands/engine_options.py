@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,17 +10,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from longclip_rt.choices import BATCHES, TEXT_BUCKETS
+from longclip_rt.commands.options import architectures
+
 if TYPE_CHECKING:
     from longclip_rt.bundle.bundle import Bundle
     from longclip_rt.export.tensorrt.build import Builders, BuiltEngine, EngineOptions
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-
-# As in `longclip_rt.tensorrt.engines` and `longclip_rt.export.tensorrt.build`; tests compare them.
-ENGINES = ("auto", "tensorrt", "tensorrt-rtx")
-TEXT_BUCKETS = (32, 77, 128, 248)
-BATCHES = (1, 32, 256)
-WORKSPACE = 1 << 20
 
 _FLAGS = {
     "archs": "--arch", "text_buckets": "--text-buckets", "batches": "--batches",
@@ -40,25 +36,11 @@ def _ascending(context: click.Context, parameter: click.Parameter, value: str) -
     return numbers
 
 
-def _archs(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[int, ...] | str:
-    """`sm89`, `sm_89`, `89` or `8.9`, several of them with commas or as several options; or `all`."""
-    parts = [part.strip() for value in values for part in value.split(",")]
-    if "all" in parts:
-        return "all"
-    found = []
-    for part in parts:
-        matched = re.fullmatch(r"(?:sm_?)?(\d{2,3})|(\d{1,2})\.(\d)", part)
-        if not matched:
-            raise click.BadParameter(f"{part!r} should be a compute capability such as sm89, or all")
-        found.append(int(matched[1] or matched[2] + matched[3]))
-    return tuple(dict.fromkeys(found))
-
-
 def builds_engines(command: Function) -> Function:
     """Adds what shapes engines: `--arch`, `--text-buckets`, `--batches` and `--optimization-level`."""
     options = (
         click.option(
-            "--arch", "archs", multiple=True, callback=_archs, metavar="sm89",
+            "--arch", "archs", multiple=True, callback=architectures, metavar="sm89",
             help="A card's compute capability, or all; may be repeated. Default: the GPU that is here.",
         ),
         click.option(

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from longclip_rt.commands.engine_options import ENGINES, build_command, builds_engines, built_with_a_bar, given_flags
-from longclip_rt.commands.options import PCA_MODES
+from longclip_rt.choices import LIBRARIES, PCA_MODES
+from longclip_rt.commands.engine_options import build_command, builds_engines, built_with_a_bar, given_flags
 from longclip_rt.system.streams import told_at_best
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ DEFAULT_WEIGHTS = "BeichenZhang/LongCLIP-B"
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder to make.  [default: in the cache]")
 @click.option("--fp16", is_flag=True, help="Add strongly typed half-precision graphs.")
 @click.option(
-    "--output",
+    "--output-name",
     "outputs",
     multiple=True,
     metavar="NAME",
@@ -52,7 +52,7 @@ DEFAULT_WEIGHTS = "BeichenZhang/LongCLIP-B"
 )
 @click.option(
     "--engine",
-    type=click.Choice([*ENGINES, "none"]),
+    type=click.Choice(["auto", *LIBRARIES, "none"]),
     default="auto",
     show_default=True,
     help="Build TensorRT engines from the fp16 graphs; auto does so where a library and a GPU are there.",
@@ -85,7 +85,7 @@ def export(
     Examples:
       longclip-rt export --fp16
       longclip-rt export --fp16 --weights longclip-B.pt --out longclip-b
-      longclip-rt export --weights open_clip:ViT-L-14/openai --output text:hidden_states.-2
+      longclip-rt export --weights open_clip:ViT-L-14/openai --output-name text:hidden_states.-2
       longclip-rt export --weights longclip-B.pt --fp16 --pca pca.safetensors
       longclip-rt export --fp16 --engine tensorrt-rtx --arch sm89 --text-buckets 77,248
       longclip-rt export --weights random:ViT-B-16        # untrained, to try things out

@@ -25,7 +25,8 @@ def info(as_json: bool) -> None:
 
 def _facts() -> dict[str, Any]:
     from longclip_rt.bundle.bundle import bundles_home, known_bundles
-    from longclip_rt.opening import BACKENDS, availability
+    from longclip_rt.choices import BACKENDS
+    from longclip_rt.opening import availability
     from longclip_rt.system import machine
 
     states = [availability(name) for name in BACKENDS]

@@ -7,40 +7,30 @@ from typing import Any
 
 import click
 
-ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-
-
-def _architectures(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
-    """Numbers with commas between them; a test compares the known ones with the compiler's."""
-    try:
-        found = tuple(dict.fromkeys(int(part) for part in value.split(",")))
-    except ValueError:
-        found = ()
-    if not found or not set(found) <= set(ARCHITECTURES):
-        known = ", ".join(map(str, ARCHITECTURES))
-        raise click.BadParameter(f"{value!r} should be some of {known}, with commas between them")
-    return found
+from longclip_rt.choices import ARCHITECTURES, EVERY
+from longclip_rt.commands.options import architectures
 
 
 @click.group()
 def kernels() -> None:
-    """Compile the Triton kernels ahead of time, and see registers, tensor cores and computed times.
+    """Compile the Triton kernels ahead of time, and see registers and tensor cores.
 
     \b
     Examples:
-      longclip-rt kernels compile --arch 80,86,89,90,100,120
+      longclip-rt kernels compile --arch sm80,sm90
     """
 
 
 @kernels.command(name="compile")
 @click.option(
     "--arch",
-    "architectures",
-    default=",".join(map(str, ARCHITECTURES)),
+    "archs",
+    multiple=True,
+    default=(EVERY,),
     show_default=True,
-    callback=_architectures,
-    metavar="LIST",
-    help="Compute capabilities times ten; no GPU needs to be here.",
+    callback=architectures,
+    metavar="sm89",
+    help=f"Compute capabilities out of {', '.join(map(str, ARCHITECTURES))}; no GPU needs to be here.",
 )
 @click.option(
     "--out",
@@ -48,46 +38,41 @@ def kernels() -> None:
     default="kernels-compiled",
     show_default=True,
     metavar="DIR",
-    help="Folder to make for the cubins and kernels.json, which holds the tables.",
+    help="Folder to make for the cubins and kernels.json, which holds the table.",
 )
-@click.option("--rows", type=click.IntRange(min=1), default=65536, show_default=True, help="B of the computed launch.")
-@click.option("--width", type=click.IntRange(min=1), default=512, show_default=True, help="W of the computed launch.")
-@click.option("--dim", type=click.IntRange(min=1), default=512, show_default=True, help="D of the computed launch.")
-@click.option("-k", "k", type=click.IntRange(min=1), default=64, show_default=True, help="K of the computed launch.")
-def compile_command(architectures: tuple[int, ...], out: Path, rows: int, width: int, dim: int, k: int) -> None:
+def compile_command(archs: tuple[int, ...] | str, out: Path) -> None:
     """Compile every kernel in every configuration for the named GPUs, on a machine with or without one.
 
-    The first table shows what is in the machine code: registers, spilled bytes, shared memory, tensor-core
+    A table on stdout shows what is in the machine code: registers, spilled bytes, shared memory, tensor-core
     instructions. A kernel that spills, uses no tensor cores in half precision, or needs more shared memory than the GPU
-    has makes the exit status 1. The second shows, for a launch with B rows, the traffic and the arithmetic of each
-    kernel and of the operators it replaces, and the roofline times that follow: they are computed from data sheets, not
-    measured. The tables go to stdout.
+    has makes the exit status 1.
 
     \b
     Examples:
-      longclip-rt kernels compile --arch 80,90 --out kernels-compiled
-      longclip-rt kernels compile --rows 4096 --width 1024 --dim 768 -k 128
+      longclip-rt kernels compile --arch sm80,sm90 --out kernels-compiled
     """
     from longclip_rt.errors import KernelError
     from longclip_rt.system.extras import require
     from longclip_rt.system.files import directory_in_the_making
 
+    chosen_archs = ARCHITECTURES if isinstance(archs, str) else archs
+    if unknown := set(chosen_archs) - set(ARCHITECTURES):
+        raise click.BadParameter(
+            f"sm{min(unknown)} is none of {', '.join(map(str, ARCHITECTURES))}", param_hint="--arch"
+        )
     require("triton", "export")
     if out.exists():
         with directory_in_the_making(out):  # refuses, and says how to go on, before minutes of work
             pass
     from tqdm import tqdm
 
-    from longclip_rt.kernels.aot import Sizes, compile_kernels, failed_gates, roofline_rows, save_compiled, variants
+    from longclip_rt.kernels.aot import compile_kernels, failed_gates, save_compiled, variants
 
-    sizes = Sizes(rows, width, dim, k)
     chosen = tuple(variants())
-    with tqdm(total=len(chosen) * len(architectures), unit=" kernels") as bar:
-        compiled = compile_kernels(architectures, chosen, lambda name: bar.update())
+    with tqdm(total=len(chosen) * len(chosen_archs), unit=" kernels") as bar:
+        compiled = compile_kernels(chosen_archs, chosen, lambda name: bar.update())
     click.echo(_table([entry.row() for entry in compiled]))
-    click.echo(f"\nComputed from data sheets, not measured: B = {rows}, W = {width}, D = {dim}, K = {k}\n")
-    click.echo(_table(roofline_rows(architectures, sizes)))
-    save_compiled(compiled, out, sizes)
+    save_compiled(compiled, out)
     click.echo(f"Wrote {len(compiled)} cubins and kernels.json to {out}.", err=True)
     if failures := [failure for entry in compiled for failure in failed_gates(entry)]:
         raise KernelError(f"{len(failures)} checks failed: {'; '.join(failures)}.")

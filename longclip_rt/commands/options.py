@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+from longclip_rt.choices import BACKENDS, EVERY, PCA_MODES, PRECISIONS
 
-# As in `longclip_rt.opening` and `longclip_rt.pca.basis`, which are too heavy for a help text; tests compare them.
-BACKENDS = (
-    "auto", "tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "openvino", "onnxruntime", "torch",
-)  # fmt: skip
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-PCA_MODES = ("project", "reconstruct")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def gpu_numbers(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
@@ -27,14 +23,32 @@ def gpu_numbers(context: click.Context, parameter: click.Parameter, value: str |
     return tuple(int(part) for part in parts)
 
 
+def architectures(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[int, ...] | str:
+    """`sm89`, `sm_89`, `89` or `8.9`, several of them with commas or as several options; or `all`."""
+    parts = [part.strip() for value in values for part in value.split(",")]
+    if EVERY in parts:
+        return EVERY
+    found = []
+    for part in parts:
+        matched = re.fullmatch(r"(?:sm_?)?(\d{2,3})|(\d{1,2})\.(\d)", part)
+        if not matched:
+            raise click.BadParameter(f"{part!r} should be a compute capability such as sm89, or {EVERY}")
+        found.append(int(matched[1] or matched[2] + matched[3]))
+    return tuple(dict.fromkeys(found))
+
+
 def runs_the_model(command: Function) -> Function:
     """Adds `--backend` and `--precision`."""
     backend = click.option(
-        "--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="What runs the model."
+        "--backend",
+        type=click.Choice(["auto", *BACKENDS]),
+        default="auto",
+        show_default=True,
+        help="What runs the model.",
     )
     precision = click.option(
         "--precision",
-        type=click.Choice(PRECISIONS),
+        type=click.Choice(["auto", *PRECISIONS]),
         default="auto",
         show_default=True,
         help="Number format of the model.",

@@ -47,7 +47,8 @@ def pca() -> None:
 @click.option("-k", "k", type=click.IntRange(min=1), metavar="K", help="Components to keep. Default: only the table.")
 @click.option(
     "-o",
-    "--output",
+    "--out",
+    "output",
     type=click.Path(path_type=Path, dir_okay=False),
     default="pca.safetensors",
     show_default=True,

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from longclip_rt.system.streams import told_at_best
-
-# As in `longclip_rt.train.config`, which is too heavy to import for a help text; a test compares them.
-PRESETS = ("longclip-b", "longclip-l", "tiny", "tiny-long")
-OBJECTIVES = ("longclip", "long+short", "long", "clip")
-FROZEN = ("none", "text")
-POSITIONS = ("kps", "interpolate", "none")
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+from longclip_rt.train.config import PRESETS, Frozen, ObjectiveName, PcmScope, Positions, Precision
 
 _POSITIVE = click.IntRange(min=1)
 _ABOVE_0 = click.FloatRange(min=0, min_open=True)
@@ -32,7 +26,7 @@ _ABOVE_0 = click.FloatRange(min=0, min_open=True)
 @click.option("--resume", is_flag=True, help="Go on with the run in DIR, or begin it where there is none.")
 @click.option(
     "--preset",
-    type=click.Choice(PRESETS),
+    type=click.Choice(list(PRESETS)),
     default="longclip-b",
     show_default=True,
     help="Settings to begin with: the paper's for ViT-B/16 and ViT-L/14; tiny is a small CLIP from scratch, tiny-long "
@@ -48,14 +42,14 @@ _ABOVE_0 = click.FloatRange(min=0, min_open=True)
 @click.option("--max-bad", type=click.FloatRange(0, 1), metavar="SHARE", help="Unusable rows allowed. [default: 0.05]")
 @click.option(
     "--objective",
-    type=click.Choice(OBJECTIVES),
+    type=click.Choice(get_args(ObjectiveName)),
     help="longclip: long captions, and short ones after PCM. The others leave out PCM, the short captions, or 248 "
     "tokens.",
 )
-@click.option("--positions", type=click.Choice(POSITIONS), help="How 77 text positions become 248.")
-@click.option("--frozen", type=click.Choice(FROZEN), help="text trains the image tower alone. [default: none]")
+@click.option("--positions", type=click.Choice(get_args(Positions)), help="How 77 text positions become 248.")
+@click.option("--frozen", type=click.Choice(get_args(Frozen)), help="text: train the image tower alone.")
 @click.option("--components", type=_POSITIVE, metavar="K", help="Principal components of PCM. [default: 32]")
-@click.option("--pcm-scope", type=click.Choice(["local", "global"]), help="PCM on a process's rows or on all of them.")
+@click.option("--pcm-scope", type=click.Choice(get_args(PcmScope)), help="PCM on a process's rows or on all of them.")
 @click.option("--label-smoothing", type=click.FloatRange(0, 1, max_open=True), metavar="S", help="[default: 0.1]")
 @click.option("--logit-scale", type=float, metavar="X", help="ln(1/temperature) to begin with. [default: ln 100]")
 @click.option("--max-logit-scale", type=float, metavar="X", help="Bound on it. [default: none]")
@@ -72,7 +66,7 @@ _ABOVE_0 = click.FloatRange(min=0, min_open=True)
 @click.option("--weight-decay", type=click.FloatRange(min=0), metavar="W", help="AdamW's, on every parameter.")
 @click.option("--warmup-steps", type=click.IntRange(min=0), metavar="N", help="Steps to reach it. [default: 200]")
 @click.option("--clip-grad-norm", type=_ABOVE_0, metavar="X", help="Bound on the gradients' norm. [default: none]")
-@click.option("--precision", type=click.Choice(PRECISIONS), help="auto: fp16 on a GPU, bf16 or fp32 on a CPU.")
+@click.option("--precision", type=click.Choice(get_args(Precision)), help="auto: fp16 on a GPU, bf16 or fp32 on a CPU.")
 @click.option("--gradient-checkpointing", is_flag=True, default=None, help="Less memory for activations, slower.")
 @click.option("--compile", is_flag=True, default=None, help="Use torch.compile.")
 @click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Of the order, and of weights from scratch.")

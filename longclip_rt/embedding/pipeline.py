@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from longclip_rt.embedding.flow import EmbeddedShard, Flow, FlowOptions
+from longclip_rt.embedding.inputs.content import FilesDigest
 from longclip_rt.embedding.inputs.entries import Entry, EntryDigest, Tally
 from longclip_rt.embedding.inputs.sources import (
     Inputs,
@@ -20,13 +22,15 @@ from longclip_rt.embedding.inputs.sources import (
     sources_from_arguments,
     spool_streams,
 )
-from longclip_rt.embedding.resume import fingerprint_of, take_up
+from longclip_rt.embedding.resume import check_sidecar, fingerprint_of, take_up
 from longclip_rt.embedding.tasks import Encoder
 from longclip_rt.embedding.workspace import Totals, Workspace
 from longclip_rt.errors import InputError, OutputError
 from longclip_rt.formats.outputs import DTYPES, OutputFiles, table_from_rows
-from longclip_rt.system.files import output_errors
+from longclip_rt.system.files import behind_links, output_errors
 from longclip_rt.version import __version__
+
+logger = logging.getLogger("longclip_rt")
 
 # Inputs whose ids are whole texts of up to 1 MiB each must not fill the memory 2,048 at a time.
 MAX_SHARD_BYTES = 64 << 20
@@ -173,8 +177,7 @@ def plan_embedding(
             for path in files.all:
                 if source.path is not None and path.exists() and source.path.exists() and path.samefile(source.path):
                     raise OutputError(f"The output would overwrite the input {source.name!r}. Name another with -o.")
-        if files.main.is_symlink():  # a link stays one: the file that it names is replaced
-            files = OutputFiles.from_path(files.main.resolve())
+        files = OutputFiles.from_path(behind_links(files.main))
     return recognised, files
 
 
@@ -210,8 +213,7 @@ def _state(
         "text_batches": "as given" if options.batch_size else "by length",
         "shard_size": options.shard_size,
     }
-    if summary.places:
-        values["places"] = summary.places
+    values |= {name: value for name, value in (("places", summary.places), ("files", summary.files)) if value}
     if embedder.buckets:
         values["buckets"] = " ".join(map(str, embedder.buckets))
     return {**embedder.describe(), **{key: str(value) for key, value in values.items()}}
@@ -235,13 +237,6 @@ def shards_from_entries(entries: Iterable[Entry], size: int) -> Iterator[list[En
         yield shard
 
 
-def _digest(entries: Iterable[Entry]) -> str:
-    digest = EntryDigest()
-    for entry in entries:
-        digest.add(entry)
-    return digest.hexdigest()
-
-
 def _embed(
     workspace: Workspace,
     inputs: Inputs,
@@ -256,35 +251,47 @@ def _embed(
     whole = workspace.whole_shards()
     done = sum(record.totals.entries for record in whole.values())
     progress.begin(summary.entries, done, summary.tally.columns)
-    seen = EntryDigest()
+    seen, files = EntryDigest(), FilesDigest()
+    digests: dict[int, str] = {}
     count = embedded = 0
 
     def missing() -> Iterator[tuple[int, list[Entry]]]:
         nonlocal count, embedded
         for number, entries in enumerate(shards_from_entries(inputs.entries(), options.shard_size)):
             count = number + 1
+            # With the states that the files have now, before they are read: what changes later shows the next time.
+            digest = EntryDigest()
             for entry in entries:
                 seen.add(entry)
-            if number not in whole or whole[number].inputs != _digest(entries):
-                embedded += len(entries)
-                yield number, entries
+                digest.add(entry, files.add(entry))
+            if number in whole and whole[number].inputs != digest.hexdigest():
+                logger.warning("shard %d is made anew, for inputs in it have changed", number)
+                progress.advance(-whole[number].totals.entries)
+            elif number in whole:
+                continue
+            digests[number] = digest.hexdigest()
+            embedded += len(entries)
+            yield number, entries
 
     flow_options = FlowOptions(options.workers or _cores(), options.truncate, options.dtype, options.batch_size)
     flow = Flow(embedder, flow_options, progress.advance)
     with contextlib.closing(flow.run(missing())) as shards:
         for shard in shards:
-            _commit(workspace, shard)
+            _commit(workspace, shard, digests.pop(shard.number))
     if seen.hexdigest() != summary.digest:
         raise InputError("The input changed while it was being read. Run the command again with --restart.")
+    if files.states != summary.files:
+        raise InputError("Files changed while they were being embedded. Run the command again: it embeds them anew.")
     metadata = {**state, "fingerprint": fingerprint_of(state)}
     totals = workspace.assemble(count, embedder.dim, options.dtype, metadata)
+    check_sidecar(workspace.files)  # another run may have ended since
     workspace.publish()
-    files = workspace.files
     seconds = time.monotonic() - start
-    return EmbedReport(files.main, _rejects_path(files, totals), totals, summary.tally, embedded, seconds)
+    rejects = _rejects_path(workspace.files, totals)
+    return EmbedReport(workspace.files.main, rejects, totals, summary.tally, embedded, seconds)
 
 
-def _commit(workspace: Workspace, shard: EmbeddedShard) -> None:
+def _commit(workspace: Workspace, shard: EmbeddedShard, inputs: str) -> None:
     """Writes the rows of a shard, without its rejects, and the rejects."""
     kept = [position for position in range(len(shard.entries)) if position not in shard.errors]
     kinds = [shard.entries[position].kind for position in kept]
@@ -302,7 +309,7 @@ def _commit(workspace: Workspace, shard: EmbeddedShard) -> None:
         rejects.append({**source, "line": entry.line, "id": entry.id, "error": shard.errors[position]})
     truncated = int(shard.truncated[kept].sum())
     totals = Totals(len(shard.entries), kinds.count("image"), kinds.count("text"), truncated, len(rejects))
-    workspace.commit(shard.number, _digest(shard.entries), table, totals, rejects)
+    workspace.commit(shard.number, inputs, table, totals, rejects)
 
 
 def _cores() -> int:

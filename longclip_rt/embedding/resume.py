@@ -12,8 +12,8 @@ from longclip_rt.system.files import sha256_of_json
 
 
 def fingerprint_of(state: Mapping[str, str]) -> str:
-    """The SHA-256 that an output made in this state carries."""
-    return sha256_of_json(dict(state))
+    """The SHA-256 that an output made in this state carries: the same wherever the same files lie."""
+    return sha256_of_json({key: value for key, value in state.items() if key != "places"})
 
 
 def take_up(workspace: Workspace, state: dict[str, str], *, overwrite: bool, restart: bool) -> Totals | None:
@@ -36,15 +36,19 @@ def take_up(workspace: Workspace, state: dict[str, str], *, overwrite: bool, res
     if restart:
         workspace.discard()
     begun = workspace.begun()
-    if begun is not None and begun != state:
+    if begun is not None and not workspace.holds_work():
+        begun = None  # stopped before its first shard: it binds nobody
+    if begun is not None and not _goes_on(begun, state):
         raise ResumeError(
             f"{str(workspace.folder)!r} holds work that was begun differently: {_difference(begun, state)}. Repeat the "
             "command as it was to go on with it, or add --restart to discard it."
         )
+    check_sidecar(files)
     if begun is not None and workspace.is_ready():
         workspace.publish()
-        return Totals.from_metadata(read_metadata(files.main), PREFIX)
-    _check_sidecar(files)
+        if begun == state:
+            return Totals.from_metadata(read_metadata(files.main), PREFIX)
+        begun = None
     existing = [path for path in files.all if path.exists() and path != files.rejects]
     if existing and not overwrite:
         metadata = _metadata_or_none(files.main) or {}
@@ -56,11 +60,27 @@ def take_up(workspace: Workspace, state: dict[str, str], *, overwrite: bool, res
         raise OutputError(f"{str(existing[-1])!r} exists already ({difference}). Add --overwrite to replace it.")
     if begun is None:
         workspace.begin(state)
+    elif begun != state:
+        workspace.note(state)
     return None
 
 
-def _check_sidecar(files: OutputFiles) -> None:
-    """Refuses to take the `.meta.json` from another output of the same stem: `a.npy` and `a.jsonl` would share it."""
+def _goes_on(begun: Mapping[str, str], state: Mapping[str, str]) -> bool:
+    """Whether begun work fits: all is the same, or the files were moved as they are, or some of them were changed.
+
+    The shards that changed files are in are made anew. Where the places and the files both differ, as many files as
+    there are may be other ones of the same names.
+    """
+    differing = {key for key in {*begun, *state} if begun.get(key) != state.get(key)}
+    return differing <= {"places"} or differing <= {"files"}
+
+
+def check_sidecar(files: OutputFiles) -> None:
+    """Refuses to take the `.meta.json` from another output of the same stem: `a.npy` and `a.jsonl` would share it.
+
+    Raises:
+        OutputError: When there is one.
+    """
     for suffix in FORMATS:
         other = OutputFiles.from_path(files.main.with_suffix(suffix))
         if other != files and other.meta is not None and other.meta == files.meta and _metadata_or_none(other.main):
@@ -82,15 +102,21 @@ def _difference(before: Mapping[str, str], now: Mapping[str, str]) -> str:
         parts = [f"the inputs have changed ({before.get('entries')} entries then, {now['entries']} now)"]
     else:
         parts = []
-    if before.get("places") != now.get("places"):
-        parts.append("relative paths lead to other files from this working directory")
+    if not parts and before.get("files") != now.get("files"):
+        moved = before.get("places") != now.get("places")
+        parts.append(
+            "relative paths lead to other files from this working directory"
+            if moved
+            else "files that the inputs name have changed since"
+        )
+    told = ("inputs", "entries", "places", "files")
     for key, value in now.items():
-        if key not in ("inputs", "entries", "places") and before.get(key) != value:
+        if key not in told and before.get(key) != value:
             parts.append(f"{key} was {before.get(key, 'not set')} and now is {value}")
     parts += [
         f"{key} was {before[key]} and now is not set"
         for key in before
-        if key not in now and key != "places" and not _counted(key)
+        if key not in now and key not in told and not _counted(key)
     ]
     return "; ".join(parts)
 

@@ -123,8 +123,10 @@ class Workspace:
     ) -> None:
         assert self._lock is not None
         with contextlib.suppress(OSError):
-            if not (self.folder / "state.json").exists():
+            if not self.holds_work():
                 shutil.rmtree(self.folder)
+            for copy in self.folder.glob("input-*"):
+                copy.unlink()
         self._lock.close()
 
     def begun(self) -> dict[str, str] | None:
@@ -142,6 +144,12 @@ class Workspace:
         except (ValueError, AttributeError) as error:
             raise ResumeError(f"{str(path)!r} is damaged. Add --restart to discard the begun work.") from error
 
+    def holds_work(self) -> bool:
+        """Whether there is anything that a further run would not have to do again."""
+        if not (self.folder / "state.json").exists():
+            return False
+        return (self.folder / "ready").exists() or any(path.stem.isdecimal() for path in self.folder.glob("*.json"))
+
     def begin(self, state: Mapping[str, str]) -> None:
         """Clears the folder of what does not count, and writes `state.json`.
 
@@ -149,6 +157,14 @@ class Workspace:
             OutputError: When the disk refuses.
         """
         self.discard()
+        self.note(state)
+
+    def note(self, state: Mapping[str, str]) -> None:
+        """Writes `state.json`.
+
+        Raises:
+            OutputError: When the disk refuses.
+        """
         with output_errors(self.files.main), whole_file(self.folder / "state.json") as stream:
             stream.write(json.dumps(dict(state), indent=2).encode() + b"\n")
 

@@ -24,7 +24,7 @@ class Embeddings:
         ids: The input lines.
         kinds: "image" or "text" for each row.
         vectors: float32 or float16 [n, D], L2-normalised.
-        metadata: The file's metadata, keys as stored (`longclip_rt.bundle.bundle`...).
+        metadata: The file's metadata, keys as stored (`longclip_rt.bundle`...).
     """
 
     ids: list[str]
@@ -50,6 +50,8 @@ def read_metadata(path: str | Path) -> dict[str, str]:
             raise _refusal(path, "its name should end with .parquet, .npy or .jsonl")
     except OSError as error:
         raise OutputError(f"{str(path)!r} cannot be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise _refusal(path, f"its metadata are not UTF-8 ({error})") from error
     if _MARK not in metadata:
         raise _refusal(path, "it does not carry the metadata of one")
     return metadata
@@ -68,11 +70,16 @@ def iter_embeddings(path: str | Path, chunk_rows: int = 8192) -> Iterator[Embedd
     path = Path(path)
     metadata = read_metadata(path)
     reader = {".parquet": _chunks_from_parquet, ".npy": _chunks_from_npy, ".jsonl": _chunks_from_jsonl}[path.suffix]
+    found = 0
     try:
-        for ids, kinds, vectors in reader(path, chunk_rows, int(metadata["longclip_rt.dim"]), metadata):
+        rows, dim = int(metadata["longclip_rt.rows"]), int(metadata["longclip_rt.dim"])
+        for ids, kinds, vectors in reader(path, chunk_rows, dim, metadata):
+            found += len(ids)
             if not all(type(each) is str for each in itertools.chain(ids, kinds)):
                 raise ValueError("a row's id or kind is no text")
             yield Embeddings(ids, kinds, _checked(vectors, len(ids), metadata), metadata)
+        if found != rows:
+            raise ValueError(f"there are {found} rows in place of {rows}")
     except OSError as error:
         raise OutputError(f"{str(path)!r} cannot be read: {error.strerror or error}.") from error
     except (KeyError, ValueError, TypeError, RecursionError) as error:  # ArrowInvalid, JSONDecodeError: ValueErrors
@@ -91,6 +98,8 @@ def load_embeddings(path: str | Path) -> Embeddings:
         vectors = np.empty((rows, dim), dtype=metadata["longclip_rt.dtype"])
     except (KeyError, ValueError, TypeError) as error:
         raise _refusal(Path(path), f"its metadata is incomplete ({error})") from error
+    except MemoryError as error:
+        raise OutputError(f"{str(path)!r} has {rows} rows of {dim} numbers, more than the memory can hold.") from error
     ids: list[str] = []
     kinds: list[str] = []
     for chunk in iter_embeddings(path):
@@ -99,8 +108,6 @@ def load_embeddings(path: str | Path) -> Embeddings:
         vectors[len(ids) : len(ids) + len(chunk.ids)] = chunk.vectors
         ids += chunk.ids
         kinds += chunk.kinds
-    if len(ids) != rows:
-        raise _refusal(Path(path), f"it holds {len(ids)} rows and not the {rows} it should")
     return Embeddings(ids, kinds, vectors, metadata)
 
 
@@ -128,7 +135,7 @@ def _metadata_beside(path: Path) -> dict[str, str]:
         stored = json.loads(meta.read_bytes())
     except FileNotFoundError as error:
         raise _refusal(path, f"{meta.name!r} is not beside it") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _refusal(path, f"{meta.name!r} is not JSON ({error})") from error
     if not isinstance(stored, dict) or stored.get("longclip_rt.format") != path.suffix:
         raise _refusal(path, f"{meta.name!r} beside it belongs to another file")
@@ -139,7 +146,8 @@ def _checked(vectors: np.ndarray, rows: int, metadata: dict[str, str]) -> np.nda
     """The vectors of some rows, if they are what the metadata say."""
     expected = (rows, int(metadata["longclip_rt.dim"]))
     if vectors.shape != expected or vectors.dtype != np.dtype(metadata["longclip_rt.dtype"]):
-        raise ValueError(f"there are vectors {list(vectors.shape)} {vectors.dtype} in place of {list(expected)}")
+        wanted = f"{list(expected)} {metadata['longclip_rt.dtype']}"
+        raise ValueError(f"there are vectors {list(vectors.shape)} {vectors.dtype} in place of {wanted}")
     return vectors
 
 
@@ -147,6 +155,7 @@ _Chunks = Iterator[tuple[list[str], list[str], np.ndarray]]
 
 
 def _chunks_from_parquet(path: Path, chunk_rows: int, dim: int, metadata: dict[str, str]) -> _Chunks:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path, pre_buffer=False) as table:
@@ -154,8 +163,10 @@ def _chunks_from_parquet(path: Path, chunk_rows: int, dim: int, metadata: dict[s
             vectors = batch.column("embedding")
             # flatten() leaves nulls out, and so would shift the rows after one; and not .values: a batch may be a slice
             # of its row group.
-            flat = vectors.flatten()
             kind = vectors.type
+            if not (pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+                raise ValueError(f"the column 'embedding' holds {kind}")
+            flat = vectors.flatten()
             widths = [kind.list_size] if hasattr(kind, "list_size") else vectors.value_lengths().to_pylist()
             if vectors.null_count or flat.null_count or any(width != dim for width in widths):
                 raise ValueError(f"a row has no vector of {dim} numbers")
@@ -164,9 +175,7 @@ def _chunks_from_parquet(path: Path, chunk_rows: int, dim: int, metadata: dict[s
 
 
 def _chunks_from_npy(path: Path, chunk_rows: int, dim: int, metadata: dict[str, str]) -> _Chunks:
-    vectors = (
-        np.load(path, mmap_mode="r", allow_pickle=False) if int(metadata["longclip_rt.rows"]) else np.empty((0, dim))
-    )
+    vectors = np.lib.format.open_memmap(path, mode="r") if int(metadata["longclip_rt.rows"]) else np.empty((0, dim))
     with path.with_suffix(".ids.jsonl").open("rb") as lines:
         for start in range(0, len(vectors), chunk_rows):
             piece = np.array(vectors[start : start + chunk_rows])
@@ -174,6 +183,8 @@ def _chunks_from_npy(path: Path, chunk_rows: int, dim: int, metadata: dict[str, 
             if len(rows) != len(piece):
                 raise ValueError(f"there are {start + len(rows)} ids for {len(vectors)} vectors")
             yield [row["id"] for row in rows], [row["kind"] for row in rows], piece
+        if lines.read(1):
+            raise ValueError(f"there are more ids than the {len(vectors)} vectors")
 
 
 def _chunks_from_jsonl(path: Path, chunk_rows: int, dim: int, metadata: dict[str, str]) -> _Chunks:
@@ -181,8 +192,10 @@ def _chunks_from_jsonl(path: Path, chunk_rows: int, dim: int, metadata: dict[str
     dtype = metadata["longclip_rt.dtype"]
 
     def chunk() -> tuple[list[str], list[str], np.ndarray]:
-        vectors = np.array([row["embedding"] for row in rows], dtype=dtype).reshape(len(rows), dim)
-        return [row["id"] for row in rows], [row["kind"] for row in rows], vectors
+        vectors = np.array([row["embedding"] for row in rows])
+        if vectors.dtype.kind not in "fi":  # numpy would read numbers from strings
+            raise ValueError("a row's vector does not hold numbers alone")
+        return [row["id"] for row in rows], [row["kind"] for row in rows], vectors.astype(dtype)
 
     with path.open("rb") as lines:
         for line in lines:

@@ -254,6 +254,8 @@ def architecture_from_shapes(
     return architecture
 
 
+_MOST_SHOWN = 160
+
 # Tensors that the numbers are read off, and how many dimensions they have.
 _TELLING = {
     "visual.conv1.weight": 4,
@@ -267,7 +269,8 @@ _TELLING = {
 
 
 def _layers(names: Iterable[str], prefix: str) -> int:
-    pattern = re.compile(re.escape(prefix) + r"\.resblocks\.(\d+)\.")
+    # Up to 1000 blocks, where the largest CLIPs have 56: a name alone must not call for millions of tensors.
+    pattern = re.compile(re.escape(prefix) + r"\.resblocks\.(0|[1-9][0-9]{0,2})\.")
     return 1 + max(int(found[1]) for name in names if (found := pattern.match(name)))
 
 
@@ -308,6 +311,10 @@ def _check_shapes(architecture: Architecture, shapes: Mapping[str, tuple[int, ..
 
 
 def few(names: list[str], most: int = 3) -> str:
-    """The first of many names, with the count of the rest, for an error message."""
+    """The first of many names, with the count of the rest, for an error message; long ones are cut."""
     rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+    return ", ".join(map(_shortened, names[:most])) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _MOST_SHOWN else f"{name[:_MOST_SHOWN]}..."

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longclip_rt.pca.basis import EPS, Basis
+from longclip_rt.metrics import EPS
+from longclip_rt.pca.basis import Basis
 
 
 class PcaHead(nn.Module):

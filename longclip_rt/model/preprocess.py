@@ -26,6 +26,7 @@ from PIL import Image, UnidentifiedImageError
 
 from longclip_rt.errors import InputError
 from longclip_rt.model.architecture import CLIP_MEAN, CLIP_STD
+from longclip_rt.system.files import tells_of_system
 
 ImageSource = str | Path | bytes | Image.Image
 
@@ -78,6 +79,7 @@ class ImageTransform:
 
         Raises:
             InputError: The file is absent, empty, not an image, damaged or too large.
+            OSError: Open files or memory ran out.
         """
         name = _name(source)
         with _muted_warnings():
@@ -95,6 +97,8 @@ class ImageTransform:
             except MemoryError as error:
                 raise InputError(f"{name} needs more memory than there is, or is damaged. Scale it down.") from error
             except Exception as error:
+                if isinstance(error, OSError) and tells_of_system(error):
+                    raise
                 # Pillow promises no list of what its forty decoders raise on damaged data. 200,000 damaged files gave
                 # OSError, ValueError and SyntaxError; struct.error, EOFError and others can be read in its code.
                 detail = f"{type(error).__name__}: {error}".splitlines()[0]

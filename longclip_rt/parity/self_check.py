@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from longclip_rt.backends.base import EMBEDDINGS, Backend, Float32
 from longclip_rt.bundle.bundle import TOWERS, Bundle
 from longclip_rt.errors import BackendError
+from longclip_rt.metrics import unit_rows
 from longclip_rt.parity.limits import LIMITS, LOOSEST
-from longclip_rt.pca.basis import unit_rows
 from longclip_rt.system.files import output_errors
 
 logger = logging.getLogger("longclip_rt")

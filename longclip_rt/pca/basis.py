@@ -18,19 +18,16 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from longclip_rt.choices import PCA_MODES
 from longclip_rt.errors import PcaError
+from longclip_rt.metrics import unit_rows
 from longclip_rt.system.files import output_errors, sha256_of_json, whole_file
 
 Float64 = NDArray[np.float64]
-Mode = Literal["project", "reconstruct"]
 Kind = Literal["text", "image"]
 
-MODES: tuple[Mode, ...] = ("project", "reconstruct")
 FITS = ("joint", "apart")
 FORMAT_VERSION = 1
-EPS = 1e-12
-"""The least length that a vector is divided by, as in `torch.nn.functional.normalize`: a zero vector stays zero."""
-
 _KEY = "longclip_rt.pca"
 # What a basis may fall short of orthonormal by; float64 eigenvectors keep to 1e-13.
 _ORTHONORMAL = 1e-6
@@ -185,19 +182,10 @@ def check_mode(mode: str) -> None:
     """Refuses an unknown mode.
 
     Raises:
-        PcaError: It is none of `MODES`.
+        PcaError: It is none of `PCA_MODES`.
     """
-    if mode not in MODES:
-        raise PcaError(f"There is no PCA mode {mode!r}; there are {' and '.join(MODES)}.")
-
-
-def unit_rows(rows: Float64) -> Float64:
-    """Scales each row of [n, D] to length 1; one shorter than `EPS` is divided by `EPS`."""
-    # Divided by their largest entry first: the squares of huge entries would overflow.
-    largest = np.maximum(np.abs(rows).max(axis=1, keepdims=True, initial=0.0), EPS)
-    scaled = rows / largest
-    result: Float64 = scaled / np.maximum(np.linalg.norm(scaled, axis=1, keepdims=True), EPS / largest)
-    return result
+    if mode not in PCA_MODES:
+        raise PcaError(f"There is no PCA mode {mode!r}; there are {' and '.join(PCA_MODES)}.")
 
 
 def save_pca(pca: Pca, path: str | Path) -> None:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from longclip_rt.pca.basis import Basis, Float64, unit_rows
+from longclip_rt.metrics import nearest_others, recall, unit_rows
+from longclip_rt.pca.basis import Basis, Float64
 
 SMALLEST_K = 16
 
@@ -95,20 +96,20 @@ def retention_table(bases: Mapping[str, Basis], held_out: HeldOut, k: int | None
     apart = "joint" not in bases
     text_pairs, image_pairs = (np.array(names, str) for names in held_out.pairs())
     of_texts, of_images = np.flatnonzero(text_pairs != ""), np.flatnonzero(image_pairs != "")
-    same = text_pairs[of_texts][:, None] == image_pairs[of_images][None, :]  # [texts, images] bool
+    texts, images = text_pairs[of_texts], image_pairs[of_images]
     whole = {kind: unit_rows(vectors) for kind, vectors in kinds.items() if len(vectors)}
-    nearest = {kind: _nearest_others(vectors) for kind, vectors in whole.items()}
+    nearest = {kind: nearest_others(vectors) for kind, vectors in whole.items()}
 
     def row(size: int | None) -> Row:
         reduced = {kind: _reduced(kinds[kind], basis_of[kind], size) for kind in whole}
-        agreeing = [nearest[kind] == _nearest_others(reduced[kind]) for kind in whole]
+        agreeing = [nearest[kind] == nearest_others(reduced[kind]) for kind in whole]
         found: tuple[float | None, float | None] = (None, None)
-        if same.size:
+        if len(texts):
             crossing = reduced
             if apart and size is not None:
                 crossing = {kind: _reconstructed(kinds[kind], basis_of[kind], size) for kind in whole}
-            scores = crossing["text"][of_texts] @ crossing["image"][of_images].T
-            found = _recall_at_1(scores, same), _recall_at_1(scores.T, same.T)
+            text, image = crossing["text"][of_texts], crossing["image"][of_images]
+            found = recall(text, image, texts, images)[1], recall(image, text, images, texts)[1]
         explained = float(np.mean([basis.explained(size or dim) for basis in bases.values()]))
         return Row(size, explained, *found, float(np.concatenate(agreeing).mean()))
 
@@ -127,18 +128,3 @@ def _reduced(vectors: Float64, basis: Basis, size: int | None) -> Float64:
 def _reconstructed(vectors: Float64, basis: Basis, size: int) -> Float64:
     components = basis.components[:, :size]
     return unit_rows(basis.mean + (vectors - basis.mean) @ components @ components.T)
-
-
-def _nearest_others(unit: Float64) -> NDArray[np.intp]:
-    """The row most like each row [n, D] of length 1, itself left out; nothing where it is alone."""
-    if len(unit) < 2:
-        return np.empty(0, np.intp)
-    scores = unit @ unit.T
-    np.fill_diagonal(scores, -np.inf)
-    best: NDArray[np.intp] = scores.argmax(axis=1)
-    return best
-
-
-def _recall_at_1(scores: Float64, same: NDArray[np.bool_]) -> float:
-    """How often the best column of a row is one of its own."""
-    return float(same[np.arange(len(scores)), scores.argmax(axis=1)].mean())

@@ -54,7 +54,7 @@ class Answer:
         query_kind: "text" or "image".
         hits: Best first.
         path: The embeddings that were searched.
-        metadata: The file's metadata, keys as stored (`longclip_rt.bundle.bundle`...).
+        metadata: The file's metadata, keys as stored (`longclip_rt.bundle`...).
         embedder: `Embedder.describe()` of the model that embedded the query.
         tokens: Tokens of a text query before truncation; 0 for an image.
         truncated: Whether the query was longer than the model's context.
@@ -211,7 +211,7 @@ def embedder_of(
 
 def _check_kinds(path: str | Path, metadata: dict[str, str], query_kind: str, kinds: Collection[str] | None) -> None:
     """Refuses to compare K numbers of a text with K numbers of an image where each kind has its own basis."""
-    apart = metadata.get("longclip_rt.pca.fit") == "apart" and metadata.get("longclip_rt.pca_mode") == "project"
+    apart = metadata.get("longclip_rt.pca_fit") == "apart" and metadata.get("longclip_rt.pca_mode") == "project"
     if apart and (kinds is None or not set(kinds) <= {query_kind}):
         raise PcaError(
             f"The PCA of {path} was fitted to texts and images apart, so text and image vectors cannot be compared. "

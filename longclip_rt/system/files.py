@@ -19,6 +19,7 @@ _CHUNK = 1 << 20
 _IMAGE_SUFFIX = re.compile(r"\.(jpe?g|jpe|jfif|png|gif|bmp|webp|tiff?|p[bgpn]m|jp2|avif|tga|ico)")
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
 @contextlib.contextmanager
@@ -33,14 +34,21 @@ def output_errors(target: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         if error.errno in _FULL:
-            advice = "Make room and run the same command again: it goes on where it stopped."
+            advice = "Make room and run the same command again (train: with --resume): it goes on where it stopped."
         elif error.errno in _DENIED:
             advice = "Choose a folder you may write to."
         elif error.errno == errno.ENOENT:
             advice = f"Make the folder {str(target.parent)!r} first."
+        elif error.errno in _EXHAUSTED:
+            advice = "Raise the limit (ulimit) and run the same command again."
         else:
             advice = "Choose another place."
         raise OutputError(f"{str(target)!r} cannot be written: {reason}. {advice}") from error
+
+
+def tells_of_system(error: OSError) -> bool:
+    """Whether an error on opening a file says that open files or memory ran out, and nothing of that file."""
+    return error.errno in _EXHAUSTED
 
 
 def sync_file(stream: BinaryIO) -> None:
@@ -61,6 +69,20 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def behind_links(path: Path) -> Path:
+    """The file that a link names, so that the file is replaced and the link stays; what is no link, as it is.
+
+    Raises:
+        OSError: When links lead round in a circle.
+    """
+    if not path.is_symlink():
+        return path
+    found = Path(os.path.realpath(path))  # `Path.resolve` fails on a circle in another way in each Python
+    if found.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    return found
+
+
 @contextlib.contextmanager
 def whole_file(target: Path) -> Iterator[BinaryIO]:
     """Opens a temporary file beside `target`; when the block ends well it is synced and takes the name `target`.
@@ -71,8 +93,7 @@ def whole_file(target: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: When the disk refuses, at any step; `target` is then as it was.
     """
-    if target.is_symlink():  # a link stays one: the file that it names is replaced
-        target = target.resolve()
+    target = behind_links(target)
     temporary = target.with_name(target.name + ".tmp")
     try:
         with temporary.open("wb") as stream:

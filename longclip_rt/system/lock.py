@@ -1,4 +1,8 @@
-"""One run at a time in a folder, by a lock that the system drops when the process ends, however it ends."""
+"""One run at a time in a folder, by a lock that the system drops when the process ends, however it ends.
+
+Kept here rather than taken from `filelock`: the message must name the holder, and the folder itself goes with the run
+that ends, so that a lock counts only on the file that is there then.
+"""
 
 from __future__ import annotations
 

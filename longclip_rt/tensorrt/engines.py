@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from longclip_rt.bundle.bundle import TOWERS, Bundle
+from longclip_rt.choices import LIBRARIES
 from longclip_rt.errors import EngineError
 from longclip_rt.system.machine import cuda_devices
-from longclip_rt.tensorrt.key import LIBRARIES, EngineKey, Target, graph_hashes, head_hash
+from longclip_rt.tensorrt.key import EngineKey, Target, graph_hashes, head_hash
 from longclip_rt.tensorrt.manifest import MANIFEST, plan_name, read_engine_manifest, write_engine_manifest
 from longclip_rt.tensorrt.profiles import Profile
 
 __all__ = [
     "ENGINES",
-    "LIBRARIES",
     "MANIFEST",
     "TIMING_CACHE",
     "Engine",

@@ -11,9 +11,6 @@ from longclip_rt.bundle.bundle import TOWERS, Bundle, onnx_name
 from longclip_rt.system.files import sha256_of_json
 from longclip_rt.tensorrt.head import HEAD_KERNEL, HEAD_PLUGIN, KERNELS, plugin_graph_name, weights_file
 
-LIBRARIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-"""Backend -> the Python package that builds and runs its engines."""
-
 
 @dataclass(frozen=True)
 class Target:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from longclip_rt.bundle.bundle import TOWERS
+from longclip_rt.choices import LIBRARIES
 from longclip_rt.system.files import sha256_of_file, write_text_atomically
-from longclip_rt.tensorrt.key import LIBRARIES, EngineKey
+from longclip_rt.tensorrt.key import EngineKey
 
 FORMAT_VERSION = 2
 MANIFEST = "engine.json"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -23,10 +24,15 @@ from longclip_rt.system.extras import require
 from longclip_rt.weights.config import ModelConfig, Triple, architecture_from_open_clip, read_config
 from longclip_rt.weights.files import SUFFIXES, choose_weights, read_weights, tensors_of
 from longclip_rt.weights.hub import HUB_PREFIX, HubId, download_weights, parse_hub_id
-from longclip_rt.weights.naming import SECOND_TABLE, canonical_names
+from longclip_rt.weights.naming import SECOND_TABLE, canonical_names, without_implied
 from longclip_rt.weights.open_clip import OPEN_CLIP_PREFIX, load_open_clip, open_clip_config
 from longclip_rt.weights.random import random_state_dict, sha256_of_tensors
-from longclip_rt.weights.refusals import refuse_incomplete_models, refuse_other_architectures
+from longclip_rt.weights.refusals import (
+    refuse_incomplete_models,
+    refuse_other_architectures,
+    refuse_unusable_tensors,
+    refuse_without_information,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -156,13 +162,16 @@ def checkpoint_from_tensors(
         The checkpoint; tensors that were float32 and contiguous already are shared with the given ones.
 
     Raises:
-        WeightsError: The tensors are not a CLIP's, or not finite.
+        WeightsError: The tensors are not a CLIP's, not finite, or of a kind that cannot be used.
     """
     config = config or ModelConfig()
     refuse_other_architectures(tensors.keys(), source)
-    state_dict, notes = canonical_names(dict(tensors))
+    given = without_implied(tensors)
+    refuse_unusable_tensors(given, source)
+    state_dict, notes = canonical_names(given)
     refuse_incomplete_models(state_dict.keys(), source)
-    state_dict = _as_float32(state_dict, source, notes)
+    notes.extend(_conversions(given))
+    state_dict = _as_float32(state_dict, source)
     _settle_positions(state_dict, context_length, source, notes)
     _settle_logit_scale(state_dict, notes)
     architecture = architecture_from_shapes(
@@ -174,6 +183,7 @@ def checkpoint_from_tensors(
         vocab_size=config.vocab_size,
     )
     state_dict = {name: state_dict[name] for name in architecture.shapes()}
+    refuse_without_information(state_dict, source)
     return Checkpoint(
         state_dict,
         architecture,
@@ -228,24 +238,24 @@ def _looks_like_a_path(source: str, hub_id: HubId) -> bool:
     return source.startswith(".") or is_file_in_a_folder or Path(Path(source).parts[0]).is_dir()
 
 
-def _as_float32(tensors: dict[str, Tensor], source: str, notes: list[str]) -> dict[str, Tensor]:
+def _conversions(tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """A note on each float type that is not float32: of all tensors, or of how many."""
+    counts = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
+    for dtype, count in sorted(counts.items()):
+        if dtype != "float32":
+            share = "" if count == len(tensors) else f" ({count} of {len(tensors)} tensors)"
+            yield f"{dtype} converted to float32{share}"
+
+
+def _as_float32(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
     import torch
 
-    plain = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    odd = [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in plain]
-    if odd:
-        raise WeightsError(
-            f"{source} holds tensors that are not plain floating point: {few(odd)}. Quantised weights cannot be used; "
-            "pass the originals."
-        )
     converted = {name: tensor.detach().to(torch.float32).contiguous() for name, tensor in tensors.items()}
     broken = [name for name, tensor in converted.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise WeightsError(
             f"{source} holds NaN or infinite numbers in {few(broken)}. The file or its training is broken."
         )
-    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()} - {"float32"})
-    notes.extend(f"{dtype} converted to float32" for dtype in dtypes)
     return converted
 
 
@@ -260,6 +270,8 @@ def _settle_positions(state_dict: dict[str, Tensor], context_length: int | None,
 
 
 def _lengthened(table: Tensor, context_length: int | None, source: str, notes: list[str]) -> Tensor:
+    if table.ndim != 2:
+        raise WeightsError(f"{source} has a text position table of shape {list(table.shape)}; a matrix was expected.")
     rows = table.shape[0]
     if context_length is None or rows == context_length:
         return table

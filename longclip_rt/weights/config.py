@@ -28,6 +28,7 @@ CONFIG_FILES = ("config.json", "open_clip_config.json", "preprocessor_config.jso
 Triple = tuple[float, float, float]
 
 _ACTIVATIONS = {"quick_gelu": True, "gelu": False}
+_LARGEST_RATIO = 1000
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class ModelConfig:
                 continue
             try:
                 value = json.loads(text)
-            except ValueError:
+            except (ValueError, RecursionError):
                 value = None
             found[field.name] = _checked(field.name, value, f"The weights' header (longclip_rt.{field.name})")
         return dataclasses.replace(self, **found)
@@ -80,10 +81,12 @@ class ModelConfig:
 def _checked(name: str, value: Any, where: str) -> Any:
     """A field's value out of JSON, refused where it cannot be one."""
     if name.startswith("image_"):
-        good = isinstance(value, (list, tuple)) and len(value) == 3 and all(isinstance(v, (int, float)) for v in value)
-        if good and (name == "image_mean" or min(value) > 0):
+        # Of values from 0 to 1. A deviation below one step of 8 bits would blow pixels up, and 0 or NaN spoil them all.
+        least = 0.0 if name == "image_mean" else 1 / 255
+        good = isinstance(value, (list, tuple)) and len(value) == 3 and all(type(v) in (int, float) for v in value)
+        if good and all(least <= v <= 1 for v in value):
             return tuple(float(v) for v in value)
-        expected = "three numbers were" if name == "image_mean" else "three positive numbers were"
+        expected = f"three numbers from {'0' if name == 'image_mean' else '1/255'} to 1 were"
     elif name.endswith(("_width", "_size")):
         if type(value) is int and value > 0:
             return value
@@ -114,7 +117,7 @@ def read_config(folder: Path) -> ModelConfig:
             continue
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise WeightsError(
                 f"{path} is no readable JSON ({error}); mend it, or move it away from the weights."
             ) from error
@@ -132,15 +135,16 @@ def _from_huggingface(config: ModelConfig, content: Mapping[str, Any], path: str
     for tower, settings in towers.items():
         settings = settings if isinstance(settings, dict) else {}
         name = settings.get("hidden_act", "quick_gelu")  # the default of transformers' CLIPTextConfig
-        if name not in _ACTIVATIONS:
+        if not isinstance(name, str) or name not in _ACTIVATIONS:
             raise WeightsError(f"{path} asks for the activation {name!r}; known are {', '.join(_ACTIVATIONS)}.")
         if found.setdefault("quick_gelu", _ACTIVATIONS[name]) != _ACTIVATIONS[name]:
             raise WeightsError(f"{path} gives the two towers different activations; one for both was expected.")
         if settings.get("layer_norm_eps", 1e-5) != 1e-5:
             raise WeightsError(f"{path} sets layer_norm_eps={settings['layer_norm_eps']}; CLIP's is 1e-05.")
-        heads, width = settings.get("num_attention_heads"), settings.get("hidden_size")
+        heads = _whole(settings, "num_attention_heads", None, f"{path} ({tower}_config)")
+        width = _whole(settings, "hidden_size", None, f"{path} ({tower}_config)")
         if heads and width:
-            found[f"{tower}_head_width"] = width // heads
+            found[f"{tower}_head_width"] = _shared(width, heads, path)
     return dataclasses.replace(config, **found)
 
 
@@ -164,6 +168,23 @@ def _from_preprocessor(config: ModelConfig, content: Mapping[str, Any], path: st
     if content.get("do_center_crop") is False:
         fields["resize_mode"] = "squash"
     return with_preprocessing(config, {name: value for name, value in fields.items() if value}, path)
+
+
+def _whole(settings: Mapping[str, Any], name: str, default: Any, where: str) -> Any:
+    """A positive whole number out of JSON, or `default` where it is not given."""
+    value = settings.get(name)
+    if value is None:
+        return default
+    if type(value) is not int or value < 1:
+        raise WeightsError(f"{where} gives {name}={value!r}; a positive whole number was expected.")
+    return value
+
+
+def _shared(width: int, heads: int, where: str) -> int:
+    """Channels of one of `heads` attention heads."""
+    if width % heads:
+        raise WeightsError(f"{where} shares {width} channels among {heads} heads, which leaves a rest.")
+    return width // heads
 
 
 def with_preprocessing(config: ModelConfig, settings: Mapping[str, Any], path: str) -> ModelConfig:
@@ -200,24 +221,40 @@ def architecture_from_open_clip(config: Mapping[str, Any], source: str, quick_ge
     Raises:
         WeightsError: The model is no CLIP with a Vision Transformer and a causal text tower, or differs in its blocks.
     """
-    vision, text = dict(config["vision_cfg"]), dict(config["text_cfg"])
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    if not isinstance(vision, dict) or not isinstance(text, dict):
+        raise WeightsError(f"{source} describes no two towers: its vision_cfg and text_cfg must be JSON objects.")
     _refuse_other_parts(vision, text, config, source)
+
+    def number(settings: Mapping[str, Any], name: str, default: int) -> int:
+        return int(_whole(settings, name, default, source))
+
+    vision_width, text_width = number(vision, "width", 768), number(text, "width", 512)
     return Architecture(
-        image_size=vision.get("image_size", 224),
-        patch_size=vision.get("patch_size", 16),
-        vision_width=vision.get("width", 768),
-        vision_layers=vision.get("layers", 12),
-        text_width=text.get("width", 512),
-        text_layers=text.get("layers", 12),
-        embed_dim=config["embed_dim"],
-        vocab_size=text.get("vocab_size", VOCAB_SIZE),
-        context_length=text.get("context_length", CLIP_CONTEXT_LENGTH),
-        quick_gelu=bool(config.get("quick_gelu", False)) if quick_gelu is None else quick_gelu,
-        vision_mlp_width=int(vision.get("width", 768) * vision.get("mlp_ratio", 4.0)),
-        text_mlp_width=int(text.get("width", 512) * text.get("mlp_ratio", 4.0)),
-        vision_head_width=vision.get("head_width", HEAD_WIDTH),
-        text_head_width=text.get("width", 512) // text.get("heads", 8),
+        image_size=number(vision, "image_size", 224),
+        patch_size=number(vision, "patch_size", 16),
+        vision_width=vision_width,
+        vision_layers=number(vision, "layers", 12),
+        text_width=text_width,
+        text_layers=number(text, "layers", 12),
+        embed_dim=number(config, "embed_dim", 512),
+        vocab_size=number(text, "vocab_size", VOCAB_SIZE),
+        context_length=number(text, "context_length", CLIP_CONTEXT_LENGTH),
+        quick_gelu=_checked("quick_gelu", config.get("quick_gelu", False), source)
+        if quick_gelu is None
+        else quick_gelu,
+        vision_mlp_width=_mlp_width(vision_width, vision, source),
+        text_mlp_width=_mlp_width(text_width, text, source),
+        vision_head_width=number(vision, "head_width", HEAD_WIDTH),
+        text_head_width=_shared(text_width, number(text, "heads", 8), source),
     )
+
+
+def _mlp_width(width: int, settings: Mapping[str, Any], source: str) -> int:
+    ratio = settings.get("mlp_ratio", 4.0)
+    if type(ratio) not in (int, float) or not 0 < ratio <= _LARGEST_RATIO:
+        raise WeightsError(f"{source} gives mlp_ratio={ratio!r}; a number above 0 was expected, such as 4.")
+    return int(width * ratio)
 
 
 def _refuse_other_parts(

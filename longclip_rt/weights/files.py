@@ -30,6 +30,9 @@ _PREFERRED = (
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 """Endings of files that may hold weights."""
 
+_INDEX = ".index.json"
+_MOST_WRAPPERS = 8
+
 
 @dataclass(frozen=True)
 class RawWeights:
@@ -103,7 +106,7 @@ def read_weights(path: Path) -> RawWeights:
     except OSError as error:
         raise WeightsError(f"Cannot read {path}: {error.strerror}.") from error
     _refuse_stand_ins(path, head)
-    if path.name.endswith(".index.json"):
+    if path.name.endswith(_INDEX):
         return _read_split(path)
     # A safetensors file begins with the length of its JSON header, 8 bytes little-endian, and the header itself. One
     # such length in 32 begins as a pickle does, with 0x80; no pickle goes on with four zeros and a brace.
@@ -152,17 +155,23 @@ def _read_torch(path: Path, head: bytes) -> Any:
             f"{path} holds code: its pickle calls for {found[1]}, and running code from a weights file is refused. "
             "Where you trust it, load it in Python, save model.state_dict() alone, and pass that file."
         ) from error
-    # torch reports damaged archives through any of these, depending on which byte is wrong.
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, OSError) as error:
+    # torch reports damaged archives through almost any exception, depending on which byte is wrong.
+    except Exception as error:
         raise WeightsError(f"{path} is damaged or cut short ({_first_line(error)}). Download it again.") from error
 
 
 def _check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError) as error:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise WeightsError(f"{path} is a torch archive that was cut short ({error}). Download it again.") from error
+    names = [entry.filename for entry in entries]
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise WeightsError(
+            f"{path} is a zip archive that unpacks to more than its own size. torch compresses nothing, so that this "
+            "may be a bomb; load it in Python where you trust it, and save model.state_dict() again."
+        )
     if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
         raise WeightsError(
             f"{path} is a TorchScript archive: a program, not plain weights (OpenAI's own CLIP files are such). "
@@ -181,7 +190,18 @@ def _read_safetensors(path: Path, size: int) -> tuple[dict[str, Any], dict[str, 
             # Copied, because the file is mapped: it may change or vanish while the weights are in use.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
             return tensors, dict(file.metadata() or {})
-    except (safetensors.SafetensorError, ValueError, RuntimeError, OSError) as error:
+    # Among them what torch raises for types and sizes that it cannot hold.
+    except (
+        safetensors.SafetensorError,
+        ValueError,
+        RuntimeError,
+        OSError,
+        MemoryError,
+        TypeError,
+        AttributeError,
+        KeyError,
+        OverflowError,
+    ) as error:
         raise WeightsError(
             f"{path} is no readable safetensors file of {size} bytes ({_first_line(error)}). "
             "It is damaged or cut short; download it again."
@@ -200,6 +220,11 @@ def _read_split(path: Path) -> RawWeights:
         raw = read_weights(part)
         if not isinstance(raw.content, dict):
             raise WeightsError(f"{part} holds a {type(raw.content).__name__}, not named tensors.")
+        if twice := tensors.keys() & raw.content.keys():
+            raise WeightsError(
+                f"{path}: several parts hold {few(sorted(map(str, twice)))}. Which one is meant cannot be known; "
+                "download the weights again."
+            )
         tensors |= raw.content
         metadata |= raw.metadata
     return RawWeights(tensors, None, metadata)
@@ -213,13 +238,13 @@ def split_parts(index: Path) -> list[str]:
     """
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(
             f"{index} is no index of split weights: its JSON has no weight_map of file names."
         ) from error
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise WeightsError(f"{index} names the part {name!r}, which is not a file beside it.")
+        if not isinstance(name, str) or not name or Path(name).name != name or name.endswith(_INDEX):
+            raise WeightsError(f"{index} names the part {name!r}, which is not a file of weights beside it.")
     return names
 
 
@@ -238,11 +263,17 @@ def tensors_of(content: Any, source: str) -> dict[str, Any]:
     """
     torch = require("torch", "export")
     wrappers = ("state_dict", "model_state_dict", "model", "module", "net", "model_ema", "ema")
-    while isinstance(content, dict):
-        inner = next((content[name] for name in wrappers if isinstance(content.get(name), dict)), None)
+    for _ in range(_MOST_WRAPPERS + 1):
+        held = content if isinstance(content, dict) else {}
+        inner = next((held[name] for name in wrappers if isinstance(held.get(name), dict)), None)
         if inner is None:
             break
         content = inner
+    else:
+        raise WeightsError(
+            f"{source} wraps its tensors in more than {_MOST_WRAPPERS} dictionaries, or in one that holds itself. Save "
+            "model.state_dict() alone, and pass that file."
+        )
     if not isinstance(content, dict) or not content or not all(isinstance(name, str) for name in content):
         what = "an empty dictionary" if content == {} else f"a {type(content).__name__}"
         raise WeightsError(f"{source} holds {what}, not a state dict of named tensors.")

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
+
+from longclip_rt.errors import WeightsError
+from longclip_rt.model.architecture import few
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,8 +46,25 @@ _IN_BLOCK = {
     "mlp.fc1": "mlp.c_fc",
     "mlp.fc2": "mlp.c_proj",
 }
-_BLOCK = re.compile(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
+_BLOCK = re.compile(r"encoder\.layers\.([0-9]+)\.(.+)\.(weight|bias)")
 _RES = re.compile(r"embeddings\.position(?:al)?_embedding_res(?:\.weight)?")
+
+
+class _Named(dict[str, "Tensor"]):
+    """Tensors by canonical name, where a second tensor of the same name is refused instead of replacing the first."""
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        if name in self:
+            raise WeightsError(
+                f"The weights hold two tensors for {few([name])}, under two names. Which one is meant cannot be known; "
+                "save the model's own state dict again."
+            )
+        super().__setitem__(name, tensor)
+
+
+def without_implied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that are weights: without the constants that the architecture implies, of whatever type."""
+    return {name: tensor for name, tensor in tensors.items() if not _IMPLIED.fullmatch(name)}
 
 
 def canonical_names(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
@@ -53,25 +74,32 @@ def canonical_names(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list
     the architecture to report it.
 
     Args:
-        tensors: A state dict with OpenAI's, open_clip's (`CLIP` or `CustomTextCLIP`) or Hugging Face's names.
+        tensors: A state dict with OpenAI's, open_clip's (`CLIP` or `CustomTextCLIP`) or Hugging Face's names; every
+            tensor is dense and floating point.
 
     Returns:
         The renamed tensors, and notes on what was done.
+
+    Raises:
+        WeightsError: Two tensors stand for the same one, or parts that belong together do not fit each other.
     """
     notes: list[str] = []
-    tensors = {name: tensor for name, tensor in tensors.items() if not _IMPLIED.fullmatch(name)}
-    tensors = _multiplied_out(tensors, notes)
+    tensors = _multiplied_out(without_implied(tensors), notes)
     if any(name.startswith(("text_model.", "vision_model.")) for name in tensors):
         tensors = _from_huggingface(tensors)
         notes.append("renamed from Hugging Face's names")
     elif any(name.startswith("text.") for name in tensors):
         # CustomTextCLIP keeps its text tower in a module of its own; the names inside are the same.
-        tensors = {name.removeprefix("text."): tensor for name, tensor in tensors.items()}
+        inner = _Named()
+        for name, tensor in tensors.items():
+            inner[name.removeprefix("text.")] = tensor
+        tensors = inner
         notes.append("renamed from open_clip's CustomTextCLIP")
     linear = tensors.pop("text_projection.weight", None)
     if linear is not None:
-        tensors["text_projection"] = linear.T
-    return tensors, notes
+        tensors = _Named(tensors)
+        tensors["text_projection"] = _transposed(linear)
+    return dict(tensors), notes
 
 
 def _multiplied_out(tensors: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
@@ -80,25 +108,30 @@ def _multiplied_out(tensors: dict[str, Tensor], notes: list[str]) -> dict[str, T
     names = [name for name in names if f"{name}.r" in tensors]
     if not names:
         return tensors
-    tensors = dict(tensors)
+    tensors = _Named(tensors)
     for name in names:
+        theta, length = tensors.pop(f"{name}.theta"), tensors.pop(f"{name}.r")
+        if theta.ndim != 2 or length.numel() != len(theta):
+            raise WeightsError(
+                f"The weights hold a GmP direction {few([name])}.theta {list(theta.shape)} and lengths "
+                f"{list(length.shape)}; a matrix and one length a row were expected."
+            )
         # In fp32, because half precision would lose what the split was made to keep.
-        theta, length = tensors.pop(f"{name}.theta").float(), tensors.pop(f"{name}.r").float()
-        row = theta.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        tensors[f"{name}.weight"] = length.reshape(-1, 1) * theta / row
+        row = theta.float().norm(dim=1, keepdim=True).clamp_min(1e-12)
+        tensors[f"{name}.weight"] = length.float().reshape(-1, 1) * theta.float() / row
     notes.append(f"multiplied out {len(names)} GmP weights")
     return tensors
 
 
 def _from_huggingface(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    renamed: dict[str, Tensor] = {}
-    parts: dict[str, dict[str, Tensor]] = {}  # in_proj name -> q, k, v
+    renamed = _Named()
+    parts: dict[str, _Named] = {}  # in_proj name -> q, k, v
     for name, tensor in tensors.items():
         tower, _, inner = name.partition(".")
         inner = inner.removeprefix(f"{tower}.")  # ports that wrap CLIPTextModel repeat the tower's name
         block = _BLOCK.fullmatch(inner)
         if name == "visual_projection.weight":
-            renamed["visual.proj"] = tensor.T
+            renamed["visual.proj"] = _transposed(tensor)
         elif tower not in ("text_model", "vision_model"):
             renamed[name] = tensor
         elif block:
@@ -106,20 +139,38 @@ def _from_huggingface(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             prefix = f"{'visual.' if tower == 'vision_model' else ''}transformer.resblocks.{layer}"
             letter = re.fullmatch(r"self_attn\.([qkv])_proj", part)
             if letter:
-                parts.setdefault(f"{prefix}.attn.in_proj_{kind}", {})[letter[1]] = tensor
+                parts.setdefault(f"{prefix}.attn.in_proj_{kind}", _Named())[letter[1]] = tensor
             else:
                 renamed[f"{prefix}.{_IN_BLOCK[part]}.{kind}" if part in _IN_BLOCK else name] = tensor
         elif tower == "text_model" and _RES.fullmatch(inner):
             renamed[SECOND_TABLE] = tensor
         else:
             renamed[(_VISION if tower == "vision_model" else _TEXT).get(inner, name)] = tensor
-    return renamed | {name: _joined(letters) for name, letters in parts.items() if len(letters) == 3}
+    for name, letters in parts.items():
+        if len(letters) == 3:
+            renamed[name] = _joined(name, letters)
+            continue
+        for one, tensor in letters.items():
+            renamed[f"{name} ({one} without the other two)"] = tensor  # reported as unexpected
+    return renamed
 
 
-def _joined(letters: dict[str, Tensor]) -> Tensor:
+def _joined(name: str, letters: dict[str, Tensor]) -> Tensor:
+    """The projections q, k and v as one, in fp32: they may be of different float types."""
     import torch
 
-    return torch.cat([letters[letter] for letter in "qkv"])
+    shapes = [list(letters[letter].shape) for letter in "qkv"]
+    if not shapes[0] or shapes[1:] != shapes[:1] * 2:
+        raise WeightsError(
+            f"The weights hold the projections q, k and v of {few([name])} with the shapes {shapes}; three equal ones "
+            "were expected."
+        )
+    return torch.cat([letters[letter].float() for letter in "qkv"])
+
+
+def _transposed(tensor: Tensor) -> Tensor:
+    """A matrix transposed; what is none stays, for the check of shapes to report it."""
+    return tensor.T if tensor.ndim == 2 else tensor
 
 
 def huggingface_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

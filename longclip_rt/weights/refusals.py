@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from longclip_rt.errors import WeightsError
 from longclip_rt.model.architecture import few
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,74 @@ def refuse_incomplete_models(names: Collection[str], source: str) -> None:
     if "visual.class_embedding" not in names:
         raise WeightsError(f"{source} has no class embedding in its image tower, as SigLIP has none. {_EXPECTED}")
 
+
+def refuse_unusable_tensors(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raises a sentence about tensors that are not plain numbers in memory, before anything computes with them.
+
+    Args:
+        tensors: The weights as the file has them.
+        source: What the user named.
+
+    Raises:
+        WeightsError: A tensor is sparse, nested, without data (meta), no floating point, or larger than what the file
+            holds of it (one that was expanded).
+    """
+    import torch
+
+    plain = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    strange, quantised, expanded = [], [], []
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_nested or tensor.device.type != "cpu":
+            kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+            strange.append(f"{name} ({kind if tensor.device.type == 'cpu' else f'on {tensor.device}'})")
+        elif tensor.dtype not in plain:
+            quantised.append(f"{name} ({tensor.dtype})")
+        elif tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            expanded.append(f"{name} {list(tensor.shape)}")
+    if strange:
+        raise WeightsError(
+            f"{source} holds tensors that are not dense numbers in memory: {few(strange)}. Save them as plain tensors "
+            "on the CPU."
+        )
+    if quantised:
+        raise WeightsError(
+            f"{source} holds tensors that are not plain floating point: {few(quantised)}. Quantised weights cannot be "
+            "used; pass the originals."
+        )
+    if expanded:
+        raise WeightsError(
+            f"{source} holds tensors with fewer numbers than their shapes say: {few(expanded)}. Save them with "
+            ".contiguous(), if they are weights at all."
+        )
+
+
+def refuse_without_information(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raises a sentence where zeros make every text, or every image, the same vector.
+
+    Args:
+        tensors: Canonical names, float32.
+        source: What the user named.
+
+    Raises:
+        WeightsError: A tensor that everything goes through holds nothing but zeros.
+    """
+    zero = [name for name in _PASSED_BY_ALL if not bool(tensors[name].any())]
+    if zero:
+        raise WeightsError(
+            f"{source} has nothing but zeros in {few(zero)}: every text or every image would get the same vector. It "
+            "is no trained model; save its weights again, or pass others."
+        )
+
+
+_PASSED_BY_ALL = (
+    "visual.conv1.weight",
+    "visual.ln_pre.weight",
+    "visual.ln_post.weight",
+    "visual.proj",
+    "token_embedding.weight",
+    "ln_final.weight",
+    "text_projection",
+)
 
 _EXPECTED = (
     "Expected are CLIP or Long-CLIP weights: a Vision Transformer with a class token, and a causal text tower with a "

@@ -13,9 +13,10 @@ import longclip_rt.opening as backends
 from longclip_rt.backends.base import Backend, Float32
 from longclip_rt.backends.multi_gpu import DevicePool
 from longclip_rt.bundle.bundle import Bundle, load_bundle
+from longclip_rt.choices import BACKENDS, GPU_BACKENDS
 from longclip_rt.embedding.pipeline import EmbedOptions, embed_files
 from longclip_rt.errors import BackendError
-from longclip_rt.opening import BACKENDS, GPU_BACKENDS, Availability, open_backend
+from longclip_rt.opening import Availability, open_backend
 from longclip_rt.runtime import Embedder
 
 FILES = str(Path(__file__).parents[2] / "examples" / "files.txt")

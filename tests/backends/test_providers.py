@@ -37,6 +37,8 @@ def test_a_provider_that_is_not_there_is_said_with_its_remedy(monkeypatch: pytes
     assert unavailable("onnxruntime", [CPU], 0) is None
     assert unavailable("onnxruntime-cuda", [CUDA, CPU], 1) is None
     assert unavailable("onnxruntime-cuda", [CUDA, CPU], 0) == NO_GPU
+    reason, remedy = unavailable("onnxruntime-cuda", [CPU], 1) or ("", "")
+    assert "no CUDAExecutionProvider" in reason and "longclip-rt[gpu]" in remedy
     monkeypatch.setattr("longclip_rt.backends.providers.version", lambda name: "1.32.0")
     reason, remedy = unavailable("onnxruntime-cuda", [CPU], 1) or ("", "")
     assert "overwrite each other" in reason and "pip uninstall -y onnxruntime onnxruntime-gpu" in remedy

@@ -255,6 +255,32 @@ def test_a_missing_column_is_named_with_those_that_are_there(texts, column, mess
             entries_of(name, texts=texts, column=column)
 
 
+def test_a_cell_of_a_parquet_file_that_is_not_utf8_is_a_reject():
+    cells = pa.array([b"a cup", b"\xff", b"a cat"])
+    pq.write_table(pa.table({"text": pa.Array.from_buffers(pa.string(), 3, cells.buffers())}), "t.parquet")
+    entries, _ = entries_of("t.parquet", texts=True)
+    assert [entry.error for entry in entries] == [None, "The cell is not valid UTF-8.", None]
+    assert [entry.id for entry in entries] == ["a cup", "", "a cat"]
+
+
+def test_a_column_is_found_by_its_name_alone():
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(twice, "t.parquet")
+    with pytest.raises(InputError, match="has several columns 'text'"):
+        entries_of("t.parquet", texts=True)
+    pq.write_table(pa.table({"a": pa.array([{"b": 1}]), "a.b": pa.array(["a cup"])}), "t.parquet")
+    assert [entry.id for entry in entries_of("t.parquet", texts=True, column="a.b")[0]] == ["a cup"]
+
+
+def test_damaged_pages_of_a_parquet_file_are_said():
+    pq.write_table(pa.table({"text": ["a cup", "a cat", "a dog"] * 9}), "t.parquet", use_dictionary=False)
+    content = bytearray(Path("t.parquet").read_bytes())
+    content[30:50] = b"\xff" * 20
+    write("t.parquet", bytes(content))
+    with pytest.raises(InputError, match=r"'t.parquet' cannot be read as Parquet: .*[^.]\.$"):
+        entries_of("t.parquet", texts=True)
+
+
 def test_a_damaged_parquet_file_is_refused():
     write("t.parquet", b"PAR1 and nothing else")
     with pytest.raises(InputError, match="cannot be read as Parquet"):

@@ -1,18 +1,20 @@
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from embed_case import Stop, embed, make_inputs, rejects
-from fake_embedder import FakeEmbedder
+from fake_embedder import FakeEmbedder, FakeTransform
 from PIL import Image
 
 from longclip_rt.embedding.inputs.entries import Entry
 from longclip_rt.embedding.pipeline import EmbedOptions, plan_embedding, shards_from_entries
 from longclip_rt.errors import BackendError, InputError, OutputError
 from longclip_rt.formats.outputs import load_embeddings
+from longclip_rt.model.preprocess import ImageTransform
 
 
 @pytest.fixture(autouse=True)
@@ -178,11 +180,13 @@ def test_an_encoder_that_fails_or_gives_nan_stops_the_run():
         ("/dev/full", "ends with ''"),
         ("table.parquet", "would overwrite the input"),
         ("list.npy", "would overwrite the input"),
+        ("circle.parquet", "Too many levels of symbolic links"),
     ],
 )
 def test_outputs_that_cannot_be_are_refused(output, message):
     Path("folder.parquet").mkdir()
     Path("table.parquet").symlink_to("files.txt")
+    Path("circle.parquet").symlink_to("circle.parquet")
     Path("files.txt").rename("list.ids.jsonl")
     Path("files.txt").write_text("data/3.png\n")
     sources = ["list.ids.jsonl"] if output == "list.npy" else ["files.txt"]
@@ -235,3 +239,29 @@ def test_progress_reaches_the_number_of_entries():
     embed(progress=progress)
     assert progress.begun == (30, 0)
     assert 10**9 - progress.after == 30
+
+
+@pytest.mark.parametrize("opening", ["PIL.Image.open", "pathlib.Path.open"])
+def test_that_files_cannot_be_opened_any_more_is_no_fault_of_the_input(
+    opening: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Decoding(FakeTransform):
+        def crop(self, source):
+            ImageTransform(4).crop(source)
+            return super().crop(source)
+
+    embedder = FakeEmbedder()
+    embedder.transform = Decoding()
+    open_file = Image.open if opening == "PIL.Image.open" else Path.open
+
+    def fail(source, *arguments, **options):
+        if Path(source).stem == "3":
+            raise OSError(errno.EMFILE, "Too many open files")
+        return open_file(source, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(opening, fail)
+        with pytest.raises(OSError, match="Too many open files"):
+            embed(embedder=embedder)
+    embed(embedder=embedder)
+    assert [line["id"] for line in rejects()] == ["data/broken.jpg", "data/absent.txt"]

@@ -9,13 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from embed_case import Stop, embed, make_inputs
 from fake_embedder import FakeEmbedder
 from PIL import Image
 
 from longclip_rt.embedding.workspace import Workspace
-from longclip_rt.errors import InputError, OutputError, ResumeError
+from longclip_rt.errors import BackendError, InputError, OutputError, ResumeError
 from longclip_rt.formats.outputs import OutputFiles, load_embeddings
 
 
@@ -40,12 +41,12 @@ def test_killed_at_any_operation_it_goes_on_to_the_same_bytes(inputs, arguments)
 class StopAfterShard(Stop):
     """Stops at the first sign of progress after a shard of `out.parquet` was committed."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, folder: Path = Path()) -> None:
         super().__init__(10**9, KeyboardInterrupt())
-        self.number = number
+        self.record = folder / f"out.parquet.parts/{number:06}.json"
 
     def advance(self, entries):
-        if Path(f"out.parquet.parts/{self.number:06}.json").exists():
+        if self.record.exists():
             raise KeyboardInterrupt
 
 
@@ -151,6 +152,17 @@ def test_two_outputs_of_one_stem_do_not_share_their_metadata():
     embed("out.parquet")
     with pytest.raises(OutputError, match=r"'out.meta.json' belongs to 'out.npy'"):
         embed("out.jsonl", overwrite=True)
+    assert len(load_embeddings("out.npy").ids) == 28
+
+
+def test_two_outputs_of_one_stem_made_at_once_do_not_share_their_metadata_either() -> None:
+    class Meanwhile(Stop):
+        def begin(self, total, done, columns):
+            embed("out.npy")
+
+    for _ in range(2):
+        with pytest.raises(OutputError, match=r"'out.meta.json' belongs to 'out.npy'"):
+            embed("out.jsonl", progress=Meanwhile(1000, KeyboardInterrupt()))
     assert len(load_embeddings("out.npy").ids) == 28
 
 
@@ -290,20 +302,106 @@ def test_from_another_working_directory_relative_paths_lead_elsewhere(
 
     for folder, colour in (("one", "red"), ("other", "blue")):
         (tmp_path / folder).mkdir()
-        for number in range(12):
-            Image.new("RGB", (40, 40), colour).save(tmp_path / folder / f"{number}.png")
+        for number in range(60):
+            Image.new("RGB", (40, 40), colour).save(file := tmp_path / folder / f"{number}.bmp")
+            os.utime(file, (0, 0))  # as archives give: sizes and times are no help
     lists = tmp_path / "lists"
     lists.mkdir()
-    (lists / "files.txt").write_text("".join(f"{number}.png\n" for number in range(12)))
+    (lists / "files.txt").write_text("".join(f"{number}.bmp\n" for number in range(60)))
     given = [str(lists / "files.txt")], tmp_path / "out.parquet", FakeEmbedder(), EmbedOptions(shard_size=4)
     monkeypatch.chdir(tmp_path / "one")
     with pytest.raises(KeyboardInterrupt):
-        embed_files(*given, Stop(8, KeyboardInterrupt()))
+        embed_files(*given, StopAfterShard(0, tmp_path))
     monkeypatch.chdir(tmp_path / "other")
     with pytest.raises(ResumeError, match="relative paths lead to other files from this working directory"):
         embed_files(*given)
     monkeypatch.chdir(tmp_path / "one")
-    assert embed_files(*given).totals.rows == 12
+    assert embed_files(*given).totals.rows == 60
     monkeypatch.chdir(tmp_path / "other")
     with pytest.raises(OutputError, match=r"exists already \(relative paths lead to other files"):
         embed_files(*given)
+
+
+def test_a_run_that_fails_before_its_first_shard_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeEmbedder, "_vectors", lambda self, batch: np.full((len(batch), 8), np.nan, np.float32))
+    with pytest.raises(BackendError):
+        embed()
+    assert not Path("out.parquet.parts").exists()
+
+
+def test_a_run_that_was_killed_before_its_first_shard_binds_nobody() -> None:
+    folder = Path("out.parquet.parts")
+    folder.mkdir()
+    (folder / "state.json").write_text('{"tool": "another"}')
+    assert embed(dtype="float16").embedded == 30
+
+
+def test_a_file_that_changed_since_its_shard_was_made_is_embedded_anew(caplog: pytest.LogCaptureFixture) -> None:
+    interrupted()
+    Image.new("RGB", (7, 7), "green").save("data/0.png")
+    embedder = FakeEmbedder()
+    assert embed(embedder=embedder).totals.rows == 28
+    assert "0.png" in embedder.transform.decoded
+    assert "shard 0 is made anew, for inputs in it have changed" in caplog.text
+    embed("unbroken.parquet")
+    assert Path("out.parquet").read_bytes() == Path("unbroken.parquet").read_bytes()
+
+
+def test_a_file_that_was_absent_is_embedded_once_it_is_there() -> None:
+    interrupted()
+    Path("data/absent.txt").write_text("a red cup")
+    assert embed().totals.rejects == 1
+
+
+def test_a_complete_output_of_files_that_changed_is_no_longer_taken_for_done() -> None:
+    embed()
+    Image.new("RGB", (7, 7), "green").save("data/0.png")
+    with pytest.raises(OutputError, match=r"exists already \(files that the inputs name have changed since\)"):
+        embed()
+
+
+def test_a_file_that_changes_during_the_run_is_noticed() -> None:
+    class Change(Stop):
+        def begin(self, total, done, columns):
+            Path("data/13.txt").write_text("another text")
+
+    with pytest.raises(InputError, match=r"Files changed while they were being embedded\. Run the command again"):
+        embed(progress=Change(1000, KeyboardInterrupt()))
+    embed()
+    embed("unbroken.parquet")
+    assert Path("out.parquet").read_bytes() == Path("unbroken.parquet").read_bytes()
+
+
+def test_a_folder_that_was_moved_with_its_work_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def begin_in(folder: Path) -> None:
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        make_inputs()
+
+    begin_in(tmp_path / "here")
+    whole = interrupted()
+    monkeypatch.chdir(tmp_path)
+    Path("here").rename("there")
+    monkeypatch.chdir(tmp_path / "there")
+    assert embed().embedded == 30 - 9 * whole
+    monkeypatch.chdir(tmp_path)
+    Path("there").rename("elsewhere")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert embed().embedded == 0  # complete, wherever it lies
+
+
+def test_a_complete_output_that_was_not_yet_moved_to_its_place_is_that_of_its_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Workspace, "publish", _stopped)
+        with pytest.raises(KeyboardInterrupt):
+            embed()
+    Image.new("RGB", (7, 7), "green").save("data/0.png")
+    with pytest.raises(OutputError, match="files that the inputs name have changed since"):
+        embed()
+    assert len(load_embeddings("out.parquet").ids) == 28
+
+
+def _stopped(workspace: Workspace) -> None:
+    raise KeyboardInterrupt

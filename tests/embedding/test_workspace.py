@@ -61,9 +61,14 @@ def test_the_folder_goes_with_the_work_and_stays_without_its_end(tmp_path):
     assert list(tmp_path.iterdir()) == []
     with Workspace(files) as workspace:
         workspace.begin({})
-    assert [path.name for path in tmp_path.iterdir()] == ["out.parquet.parts"]
+    assert list(tmp_path.iterdir()) == []  # no shard yet
     with Workspace(files) as workspace:
+        workspace.begin({})
         commit(workspace, 0)
+        (workspace.folder / "input-0").write_text("a copy of standard input")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.parquet.parts"]
+    assert not (workspace.folder / "input-0").exists()
+    with Workspace(files) as workspace:
         workspace.assemble(1, DIM, "float32", METADATA)
         workspace.publish()
     assert [path.name for path in tmp_path.iterdir()] == ["out.parquet"]

@@ -15,7 +15,7 @@ from longclip_rt.errors import BackendError, ExportError
 from longclip_rt.export.onnx import export_tower
 from longclip_rt.export.precision import half_tower
 from longclip_rt.export.tensorrt.head import head_from_states, head_variants, why_no_head, write_head
-from longclip_rt.export.tensorrt.head_graph import has_head, with_head_plugin, with_head_states
+from longclip_rt.export.tensorrt.head_graph import with_head_plugin, with_head_states
 from longclip_rt.kernels.aot import compile_variant
 from longclip_rt.model.towers import ImageTower, TextTower
 from longclip_rt.pca.basis import Basis, Pca
@@ -75,7 +75,6 @@ def test_the_cut_graph_and_the_weights_give_what_the_towers_give(
     ids = token_ids([3, 20, 9, 40, 7, 31]).numpy()
     model = onnx.load(graph)
     before = len(model.graph.node)
-    assert has_head(model)
     with_head_states(model, "text")
     assert [output.name for output in model.graph.output] == ["text_embeds", "pooler_output", states_name("text")]
     assert len(model.graph.node) < before
@@ -109,7 +108,6 @@ def test_the_plugin_takes_the_place_of_the_operators(graph: Path, head: HeadFile
 
 def test_a_graph_without_a_head_or_in_fp32_is_refused(tiny_bundle: Path, graph: Path) -> None:
     model = onnx.load(tiny_bundle / "text.fp16.onnx")
-    assert not has_head(model)
     with pytest.raises(ExportError, match="no PCA head"):
         with_head_states(model, "text")
     model = onnx.load(graph)

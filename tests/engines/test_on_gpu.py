@@ -11,10 +11,11 @@ import pytest
 from tiny_models import tiny_checkpoint
 
 from longclip_rt.bundle.bundle import BUILT_IN, load_bundle
+from longclip_rt.choices import LIBRARIES
 from longclip_rt.errors import EngineError
 from longclip_rt.opening import availability, open_backend
 from longclip_rt.tensorrt.device import Gpu
-from longclip_rt.tensorrt.engines import LIBRARIES, engines_of
+from longclip_rt.tensorrt.engines import engines_of
 
 MODEL = BUILT_IN
 

@@ -15,9 +15,10 @@ import pytest
 from click.testing import CliRunner
 
 from longclip_rt.bundle.bundle import BUILT_IN, Bundle, load_bundle
+from longclip_rt.choices import EVERY
 from longclip_rt.cli import longclip_rt
 from longclip_rt.errors import BundleError, EngineError, MissingExtraError
-from longclip_rt.export.tensorrt.build import EVERY, EngineOptions, build_engines, choose_builders, without_effect
+from longclip_rt.export.tensorrt.build import EngineOptions, build_engines, choose_builders, without_effect
 from longclip_rt.export.tensorrt.plan import PlanRequest, build_plan
 from longclip_rt.system.machine import CudaDevice
 from longclip_rt.tensorrt.engines import Target, engines_of, find_engine, graph_hashes

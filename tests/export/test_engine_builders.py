@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from longclip_rt.choices import EVERY
 from longclip_rt.errors import EngineError
-from longclip_rt.export.tensorrt.build import EVERY, choose_builders
+from longclip_rt.export.tensorrt.build import choose_builders
 from longclip_rt.system.machine import CudaDevice
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not to be had for this system")

@@ -15,9 +15,9 @@ from click.testing import CliRunner, Result
 from rtx_network import parsed
 
 from longclip_rt.bundle.bundle import BUILT_IN, load_bundle
+from longclip_rt.choices import ARCHITECTURES
 from longclip_rt.cli import longclip_rt
 from longclip_rt.errors import BackendError, BundleError, EngineError, ExportError
-from longclip_rt.export.exporter import ARCHITECTURES
 from longclip_rt.export.tensorrt.build import head_for
 from longclip_rt.export.tensorrt.network import network_facts, tensorrt_graph
 from longclip_rt.tensorrt.engines import engines_of

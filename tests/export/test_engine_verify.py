@@ -8,19 +8,20 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from longclip_rt.backends.base import Backend
 from longclip_rt.bundle.bundle import Bundle, load_bundle
 from longclip_rt.commands.engine import verify
 from longclip_rt.errors import BackendError
 from longclip_rt.export import device_gate as gate
-from longclip_rt.opening import Backend
+from longclip_rt.parity import gate as parity_gate
 from longclip_rt.tensorrt.engines import ENGINES, EngineKey, graph_hashes, write_engine_manifest
 
 
 @pytest.fixture
 def bundle(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
     """With an engine of TensorRT-RTX for another machine."""
-    texts = gate.parity_texts
-    monkeypatch.setattr(gate, "parity_texts", lambda tokenizer: texts(tokenizer)[::16])
+    texts = parity_gate.parity_texts
+    monkeypatch.setattr(parity_gate, "parity_texts", lambda tokenizer: texts(tokenizer)[::16])
     monkeypatch.setattr("longclip_rt.system.machine.cuda_devices", lambda: [])
     bundle = load_bundle(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     folder = bundle.path / ENGINES / "engine"

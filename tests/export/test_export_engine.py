@@ -16,8 +16,7 @@ from longclip_rt.commands import engine_options
 from longclip_rt.commands.export import export
 from longclip_rt.errors import BackendError, EngineError, ExportError, MissingExtraError, OutputError
 from longclip_rt.export.exporter import ParityReport
-from longclip_rt.export.tensorrt.build import EVERY, LARGEST_WORKSPACE, EngineOptions
-from longclip_rt.tensorrt.engines import LIBRARIES, engines_of
+from longclip_rt.tensorrt.engines import engines_of
 
 MODEL = BUILT_IN
 SMALL = ("--text-buckets", "32", "--batches", "8")
@@ -41,11 +40,7 @@ def run(*arguments: str) -> Any:
     return CliRunner().invoke(longclip_rt, ["export", "--weights", "random:ViT-B-16", *arguments])
 
 
-def test_the_options_offer_what_the_builder_takes() -> None:
-    assert ("auto", *LIBRARIES) == engine_options.ENGINES
-    options = EngineOptions()
-    assert (options.text_buckets, options.batches) == (engine_options.TEXT_BUCKETS, engine_options.BATCHES)
-    assert EVERY == "all" and engine_options.WORKSPACE == LARGEST_WORKSPACE
+def test_the_flags_that_are_repeated_are_options_of_the_command() -> None:
     assert set(engine_options._FLAGS) <= {parameter.name for parameter in export.params}
 
 

@@ -28,6 +28,7 @@ from longclip_rt.export.reference import reference_from_towers
 from longclip_rt.export.rounding import rounded_model
 from longclip_rt.export.structure import structure_checks
 from longclip_rt.opening import open_backend
+from longclip_rt.parity import gate
 from longclip_rt.parity.gate import changed_neighbours, verify_backend
 from longclip_rt.parity.limits import Sample
 from longclip_rt.weights.checkpoint import towers_from_checkpoint
@@ -51,8 +52,8 @@ def sabotage(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[onnx.
 @pytest.fixture
 def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the gate run on a sixth of its texts: enough to find what the tests spoil, in a sixth of the time."""
-    real = exporter.parity_texts
-    monkeypatch.setattr(exporter, "parity_texts", lambda tokenizer: real(tokenizer)[::6])
+    real = gate.parity_texts
+    monkeypatch.setattr(gate, "parity_texts", lambda tokenizer: real(tokenizer)[::6])
 
 
 def drop_causality(model: onnx.ModelProto) -> None:
@@ -221,9 +222,9 @@ def cut_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A bundle of a model with the first 8192 entries of CLIP's vocabulary, through the gate in both precisions."""
     folder = tmp_path_factory.mktemp("cut")
     weights = save_converted(tiny_checkpoint(vocab_size=8192), folder / "weights.safetensors", "longclip")
-    real = exporter.parity_texts
+    real = gate.parity_texts
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporter, "parity_texts", lambda tokenizer: real(tokenizer)[::6])
+        patch.setattr(gate, "parity_texts", lambda tokenizer: real(tokenizer)[::6])
         return export_bundle(ExportOptions(str(weights), folder / "bundle", fp16=True))[0]
 
 
@@ -282,6 +283,23 @@ def test_without_keeping_it_in_fp32_the_gate_finds_the_overflow(
     failed = {(check.runtime, check.precision, check.name) for check in caught.value.report.failed}
     assert ("rounded", "fp16", "image_embeds: NaN or inf") in failed
     assert not any(precision == "fp32" for _, precision, _ in failed)
+
+
+@pytest.mark.usefixtures("few_texts")
+@pytest.mark.parametrize(("factor", "what"), [(1e30, "text"), (0, "image")])
+def test_weights_that_give_no_vectors_are_told_from_an_export_that_went_wrong(
+    factor: float, what: str, tmp_path: Path
+) -> None:
+    tensors = tiny_tensors()
+    if factor:
+        tensors = {name: tensor * (factor if tensor.ndim > 1 else 1) for name, tensor in tensors.items()}
+    else:
+        tensors["visual.ln_post.weight"] *= 1e-30  # not all zeros, which is refused earlier
+        tensors["visual.ln_post.bias"] *= 0
+    save_file(tensors, tmp_path / "broken.safetensors")
+    with pytest.raises(ExportError, match=rf"{what}s of the sample no vector: .*The weights are broken"):
+        export_bundle(ExportOptions(str(tmp_path / "broken.safetensors"), tmp_path / "bundle"))
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_activations_are_the_largest_of_the_block() -> None:

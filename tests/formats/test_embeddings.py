@@ -14,6 +14,7 @@ from pca_files import correlated, write_embeddings
 
 from longclip_rt.errors import OutputError
 from longclip_rt.formats.embeddings import load_embeddings
+from longclip_rt.search.nearest import search
 
 ROWS, DIM = 6, 8
 
@@ -51,7 +52,18 @@ def null_id(table: pa.Table) -> pa.Table:
     return column(table, "id", pa.array([None, *table.column("id").to_pylist()[1:]], pa.string()))
 
 
-@pytest.mark.parametrize("change", [null_cell, null_number, other_widths, integer_ids, null_id])
+def no_list(table: pa.Table) -> pa.Table:
+    return column(table, "embedding", pa.array(["a vector"] * ROWS))
+
+
+def a_row_less(table: pa.Table) -> pa.Table:
+    return table.slice(1)
+
+
+CHANGES = [null_cell, null_number, other_widths, integer_ids, null_id, no_list, a_row_less]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_cell_of_a_parquet_file_is_damage(change: Callable[[pa.Table], pa.Table], tmp_path: Path) -> None:
     path = write_embeddings(tmp_path / "e.parquet", correlated(ROWS, DIM))
     table = pq.read_table(path)
@@ -75,5 +87,55 @@ def test_a_changed_field_of_a_json_line_is_damage(field: str, value: object, tmp
 def test_another_array_is_damage(shape: tuple[int, ...], tmp_path: Path) -> None:
     path = write_embeddings(tmp_path / "e.npy", correlated(ROWS, DIM))
     np.save(path, np.ones(shape, np.float32))
-    with pytest.raises(OutputError, match=r"is damaged|rows and not the"):
+    with pytest.raises(OutputError, match="is damaged"):
         load_embeddings(path)
+
+
+def test_another_number_of_rows_is_damage_to_a_search_too(tmp_path: Path) -> None:
+    path = write_embeddings(tmp_path / "e.jsonl", correlated(ROWS, DIM))
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[1:]))
+    with pytest.raises(OutputError, match="is damaged: there are 5 rows in place of 6"):
+        search(path, np.ones(DIM))
+
+
+def test_an_id_more_is_damage(tmp_path: Path) -> None:
+    path = write_embeddings(tmp_path / "e.npy", correlated(ROWS, DIM))
+    ids = tmp_path / "e.ids.jsonl"
+    ids.write_bytes(b'{"id": "before them all", "kind": "text"}\n' + ids.read_bytes())
+    for read in (load_embeddings, lambda path: search(path, np.ones(DIM))):
+        with pytest.raises(OutputError, match="is damaged: there are more ids than the 6 vectors"):
+            read(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and so on", b"\x93NUMPY"])
+def test_what_is_no_array_is_damage(content: bytes, tmp_path: Path) -> None:
+    path = write_embeddings(tmp_path / "e.npy", correlated(ROWS, DIM))
+    path.write_bytes(content)
+    with pytest.raises(OutputError, match="is damaged"):
+        load_embeddings(path)
+
+
+def test_numbers_in_quotes_are_damage(tmp_path: Path) -> None:
+    path = write_embeddings(tmp_path / "e.jsonl", correlated(ROWS, DIM))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[2]["embedding"] = [str(value) for value in rows[2]["embedding"]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(OutputError, match="does not hold numbers alone"):
+        load_embeddings(path)
+
+
+def test_metadata_that_cannot_be_read_are_a_sentence(tmp_path: Path) -> None:
+    path = write_embeddings(tmp_path / "e.parquet", correlated(ROWS, DIM))
+    table = pq.read_table(path)
+    for key, value, message in (
+        (b"longclip_rt.model", b"\xff", "its metadata are not UTF-8"),
+        (b"longclip_rt.rows", b"9" * 15, "more than the memory can hold"),
+    ):
+        changed = {**table.schema.metadata, key: value}
+        pq.write_table(table.replace_schema_metadata(changed), path)
+        with pytest.raises(OutputError, match=message):
+            load_embeddings(path)
+    other = write_embeddings(tmp_path / "e.npy", correlated(ROWS, DIM))
+    (tmp_path / "e.meta.json").write_text("[" * 100_000)
+    with pytest.raises(OutputError, match=r"'e.meta.json' is not JSON"):
+        load_embeddings(other)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # What a few roundings of a number near 1 come to, where torch happens to hit the reference exactly.
@@ -46,12 +45,6 @@ class Case:
 def rows(count: int, width: int, dtype: torch.dtype, seed: int = 1, device: torch.device | str = "cpu") -> Tensor:
     values = torch.randn(count, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return values.to(dtype).to(device)
-
-
-def embeddings(case: Case, count: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
-    """Vectors of length 1 about the case's mean."""
-    noise = rows(count, len(case.mean), torch.float64, seed, case.mean.device) * len(case.mean) ** -0.5
-    return F.normalize(noise + case.mean, dim=1).to(dtype)
 
 
 def assert_bounded(got: Tensor, exact: Tensor, torch_result: Tensor, dtype: torch.dtype, what: str = "") -> None:

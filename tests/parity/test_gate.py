@@ -12,7 +12,7 @@ from longclip_rt.backends.base import Float32
 from longclip_rt.backends.openvino import OpenVinoBackend
 from longclip_rt.cli import main
 from longclip_rt.commands.engine import verify
-from longclip_rt.export import device_gate as gate
+from longclip_rt.parity import gate
 
 
 @pytest.fixture(autouse=True)

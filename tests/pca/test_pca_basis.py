@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from pca_files import correlated
 
-from longclip_rt.commands import options
 from longclip_rt.errors import OutputError, PcaError
-from longclip_rt.pca.basis import MODES, Basis, Pca, load_pca, save_pca, unit_rows
+from longclip_rt.metrics import unit_rows
+from longclip_rt.pca.basis import Basis, Pca, load_pca, save_pca
 from longclip_rt.pca.fit import Moments
 
 
@@ -138,4 +138,3 @@ def test_vectors_models_and_modes_that_do_not_fit_are_named() -> None:
         pca.check_model("ViT-L-14", 16, "v" * 64)
     with pytest.raises(PcaError, match=r"D = 16.*D = 512"):
         pca.check_model("ViT-B-16", 512, "w" * 64)
-    assert options.PCA_MODES == MODES

@@ -17,6 +17,7 @@ from tiny_models import tiny_checkpoint, token_ids
 from longclip_rt import Embedder
 from longclip_rt.bundle.bundle import load_bundle
 from longclip_rt.bundle.samples import example_captions, example_photos
+from longclip_rt.choices import ARCHITECTURES
 from longclip_rt.commands.embed import embed
 from longclip_rt.commands.export import export
 from longclip_rt.commands.pca import pca as pca_command
@@ -263,7 +264,7 @@ def test_a_bundle_carries_the_head_for_gpus(with_pca: Path, folder: Path) -> Non
     bundle = load_bundle(with_pca)
     checked = [check for check in bundle.manifest["parity"]["checks"] if check["runtime"] == "head kernel"]
     assert {check["tower"] for check in checked} == {"text", "image"} and all(check["passed"] for check in checked)
-    for arch in exporter.ARCHITECTURES:
+    for arch in ARCHITECTURES:
         for tower in ("text", "image"):
             head = load_head(with_pca, tower, arch)
             assert head is not None and head.k == K and head.pca == load_pca(folder / "joint.safetensors").sha256

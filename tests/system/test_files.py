@@ -9,6 +9,7 @@ import pytest
 
 from longclip_rt.errors import OutputError
 from longclip_rt.system.files import (
+    behind_links,
     directory_in_the_making,
     output_errors,
     sha256_of_file,
@@ -35,6 +36,22 @@ def test_a_file_is_replaced_whole_and_readable_as_others_are(tmp_path: Path) -> 
     assert target.read_bytes() == "néw\n".encode()
     assert target.stat().st_mode == plain.stat().st_mode
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file.txt", "plain"]
+
+
+def test_a_link_stays_and_its_file_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    (tmp_path / "link").symlink_to("between")
+    (tmp_path / "between").symlink_to("far/file")
+    write_text_atomically(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "far" / "file").read_text() == "new"
+    assert behind_links(tmp_path / "plain") == tmp_path / "plain"
+
+
+def test_links_in_a_circle_are_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(OutputError, match="cannot be written: Too many levels of symbolic links"):
+        write_text_atomically(tmp_path / "a", "new")
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

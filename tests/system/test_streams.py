@@ -30,12 +30,12 @@ def test_a_finished_output_is_one_whatever_could_be_printed(rest: str, tmp_path:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.parquet"]
 
 
-def test_what_only_prints_fails_where_that_cannot_be_done(tmp_path: Path) -> None:
-    command = f"{sys.executable} -m longclip_rt info --json > /dev/full"
+@pytest.mark.parametrize(("to", "reason"), [(">/dev/full", "No space left on device"), (">&-", "it is closed")])
+@pytest.mark.parametrize("arguments", ["info --json", "--help"])
+def test_what_only_prints_fails_where_that_cannot_be_done(arguments: str, to: str, reason: str, tmp_path: Path) -> None:
+    command = f"{sys.executable} -m longclip_rt {arguments} {to}"
     result = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
-    assert (
-        result.returncode == 1 and result.stderr == "Error: Standard output cannot be used: No space left on device.\n"
-    )
+    assert (result.returncode, result.stderr) == (1, f"Error: Standard output cannot be used: {reason}.\n")
 
 
 def test_too_little_memory_is_a_sentence(tmp_path: Path) -> None:

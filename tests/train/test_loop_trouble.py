@@ -180,3 +180,33 @@ def test_a_disk_that_refuses_is_a_sentence(material: Path, tmp_path: Path, monke
         run(material, tmp_path / "run", steps=2)
     monkeypatch.undo()
     assert run(material, tmp_path / "run", steps=2, resume=True).steps == 2
+
+
+@pytest.mark.parametrize(("lr", "steps"), [(1e30, 10), (1e30, 1), (1e5, 24)])
+def test_weights_of_a_run_that_diverged_are_not_written(lr: float, steps: int, material: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"diverged: after step .* not saved\. Begin anew .*--lr"):
+        run(material, tmp_path / "run", lr=lr, warmup_steps=0, steps=steps, val_rows=0)
+    assert not (tmp_path / "run" / WEIGHTS).exists()
+    # Nor does going on write them: there is no checkpoint with such weights.
+    with pytest.raises(TrainingError, match="diverged"):
+        run(material, tmp_path / "run", lr=lr, warmup_steps=0, steps=steps, val_rows=0, resume=True)
+
+
+def test_a_run_of_which_most_steps_are_left_out_fails(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    breaking(monkeypatch, lambda step: step % 10 > 2)
+    with pytest.raises(TrainingError, match=r"gradients of 20 of 28 steps, up to step 28, are not finite"):
+        run(material, tmp_path / "run", steps=40)
+    assert not (tmp_path / "run" / WEIGHTS).exists()
+
+
+def test_a_disk_that_is_full_at_a_checkpoint_is_a_sentence_and_the_run_goes_on(material: Path, tmp_path: Path) -> None:
+    whole = run(material, tmp_path / "whole").folder
+    folder = tmp_path / "run" / FOLDER
+    folder.mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text((whole / "config.json").read_text())
+    (folder / "step-00000007.pt.tmp").symlink_to("/dev/full")
+    with pytest.raises(OutputError, match=r"step-00000007\.pt' cannot be written: No space left .*with --resume"):
+        run(material, tmp_path / "run", resume=True)
+    assert_same_weights(run(material, tmp_path / "run", resume=True).folder, whole)

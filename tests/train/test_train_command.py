@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -50,14 +51,6 @@ def call(*given: str) -> int:
     return 0
 
 
-def test_the_choices_are_those_of_the_library() -> None:
-    assert tuple(config.PRESETS) == command.PRESETS
-    assert get_args(config.ObjectiveName) == command.OBJECTIVES
-    assert get_args(config.Positions) == command.POSITIONS
-    assert get_args(config.Frozen) == command.FROZEN
-    assert get_args(config.Precision) == command.PRECISIONS
-
-
 def test_help_shows_one_gpu_eight_gpus_and_a_cpu() -> None:
     text = CliRunner().invoke(command.train, ["--help"], terminal_width=100).output
     examples = text.partition("Examples:")[2].replace("\\\n", "").splitlines()
@@ -75,7 +68,7 @@ def test_the_weights_path_is_all_of_stdout(material: Path, tmp_path: Path, capsy
     captured = capsys.readouterr()
     assert captured.out == f"{out / 'model.safetensors'}\n"
     assert "36 pairs, 2 steps of 4, fp32 on cpu" in captured.err
-    assert "2 steps in 0.0 minutes; validation: long_i2t_r1" in captured.err and "%" in captured.err
+    assert re.search(r"2 steps in \d+\.\d minutes; validation: long_i2t_r1 .*%", captured.err)
     assert "Traceback" not in captured.err
     assert json.loads((out / "config.json").read_text())["warmup_steps"] == 1
     # The same again: not without being asked, and then all is done.
@@ -99,8 +92,8 @@ def test_options_reach_the_configuration(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(loop, "train", train)
     values: dict[str, Any] = {
         "val": "val.jsonl", "val_rows": 0, "images": "photos", "image_column": "a", "long_column": "b",
-        "short_column": "c", "max_bad": 0.5, "objective": "long", "positions": "interpolate", "components": 3,
-        "pcm_scope": "global", "label_smoothing": 0.0, "logit_scale": 1.5, "max_logit_scale": 4.0, "batch_size": 12,
+        "short_column": "c", "max_bad": 0.5, "objective": "long", "positions": "interpolate", "frozen": "text",
+        "components": 3, "pcm_scope": "global", "label_smoothing": 0.0, "logit_scale": 1.5, "max_logit_scale": 4.0, "batch_size": 12,
         "chunk_size": 6, "epochs": 2, "steps": 9, "lr": 0.5, "weight_decay": 0.0, "warmup_steps": 0,
         "clip_grad_norm": 2.0, "precision": "bf16", "seed": 7, "workers": 0, "validate_every": 3,
         "checkpoint_every": 4, "keep_checkpoints": 5, "weights": "w.pt", "gradient_checkpointing": True,

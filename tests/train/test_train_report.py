@@ -264,3 +264,20 @@ def test_quiet_shows_nothing(stream: io.StringIO) -> None:
             progress.loss(1)
             progress.advance()
     assert stream.getvalue() == ""
+
+
+def test_events_that_no_longer_fit_on_the_disk_are_a_sentence_and_nothing_else(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with RunLog(tmp_path) as log, pytest.raises(OutputError, match="cannot be written: File too large"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+        try:
+            for step in range(1000):
+                log.record(step, {"loss": step})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "metrics.csv").stat().st_size < 4000  # so it was the events
+    assert capfd.readouterr().err == ""  # no thread's traceback

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from longclip_rt.errors import WeightsError
 from longclip_rt.weights.config import CLIP_MEAN, CLIP_STD, ModelConfig, architecture_from_open_clip, read_config
@@ -90,7 +93,7 @@ def test_the_image_processors_normalisation_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"image_std": [1, 2]}, r"\(std\) gives \[1, 2\]; three positive numbers"),
+        ({"image_std": [1, 2]}, r"\(std\) gives \[1, 2\]; three numbers from 1/255 to 1"),
         ({"image_mean": "grey"}, r"\(mean\) gives 'grey'; three numbers"),
         ({"image_std": [1, 0, 1]}, r"\(std\) gives \[1, 0, 1\]"),
         ({"do_center_crop": False}, "resize_mode='squash'"),
@@ -104,7 +107,7 @@ def test_images_that_are_prepared_in_another_way_are_refused(
 
 
 def test_a_header_says_everything_again() -> None:
-    config = ModelConfig(False, 80, 64, (0.1, 0.2, 0.3), (1.0, 2.0, 3.0), trained=False, vocab_size=8192)
+    config = ModelConfig(False, 80, 64, (0.1, 0.2, 0.3), (0.2, 0.3, 1.0), trained=False, vocab_size=8192)
     assert ModelConfig().with_metadata(config.to_metadata() | {"format": "pt"}) == config
     assert config.with_metadata({"format": "pt"}) == config
 
@@ -158,3 +161,58 @@ def test_every_plain_clip_of_open_clip_is_accepted_and_no_other_model() -> None:
     assert {"ViT-B-16", "ViT-B-32", "ViT-L-14", "ViT-L-14-336", "ViT-L-14-quickgelu", "ViT-H-14"} <= accepted
     others = ("SigLIP", "EVA", "RN", "coca", "convnext", "PE-", "MobileCLIP", "CLIPA", "roberta", "ViTamin", "nllb")
     assert not [name for name in accepted if any(word in name for word in others)]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from([0, 64, "gelu"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def part(*names: str) -> st.SearchStrategy[Any]:
+    """JSON of any kind, mostly an object that has some of these fields, each of any kind."""
+    return st.fixed_dictionaries({}, optional={name: JSON for name in names}) | JSON
+
+
+TOWER = part("hidden_act", "hidden_size", "num_attention_heads", "layer_norm_eps")
+OPEN_CLIP_TOWER = part("width", "layers", "heads", "head_width", "mlp_ratio", "image_size", "patch_size", "vocab_size")
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    config=st.fixed_dictionaries({}, optional={"text_config": TOWER, "vision_config": TOWER}) | JSON,
+    open_clip_config=st.fixed_dictionaries(
+        {
+            "model_cfg": st.fixed_dictionaries(
+                {"embed_dim": JSON, "vision_cfg": OPEN_CLIP_TOWER, "text_cfg": OPEN_CLIP_TOWER},
+                optional={"quick_gelu": JSON},
+            )
+        },
+        optional={"preprocess_cfg": part("mean", "std", "interpolation")},
+    )
+    | JSON,
+    preprocessor_config=part("image_mean", "image_std", "do_center_crop"),
+)
+def test_any_json_is_read_or_refused(
+    config: Any, open_clip_config: Any, preprocessor_config: Any, tmp_path: Path
+) -> None:
+    content = {
+        "config": config,
+        "open_clip_config": open_clip_config,
+        "preprocessor_config": preprocessor_config,
+    }
+    for name in content:
+        written(tmp_path, **{name: content[name]})
+    with contextlib.suppress(WeightsError):
+        read = read_config(tmp_path)
+        assert all(0 <= value <= 1 for value in read.image_mean) and min(read.image_std) > 0
+        assert all(width is None or width > 0 for width in (read.vision_head_width, read.text_head_width))
+        assert read.quick_gelu in (None, True, False)
+
+
+@given(st.dictionaries(st.sampled_from(sorted(ModelConfig().to_metadata())), st.text() | JSON.map(json.dumps)))
+def test_any_header_is_read_or_refused(header: dict[str, str]) -> None:
+    with contextlib.suppress(WeightsError):
+        read = ModelConfig().with_metadata(header)
+        assert ModelConfig().with_metadata(read.to_metadata()) == read

@@ -72,7 +72,7 @@ class OrderedFeed:
     share: Share
 
     def rows(self, start: int) -> Iterator[Row]:
-        """See `Feed.rows`."""
+        """A slice of each batch, from batch `start` on."""
         for step in range(start, len(self.order) // self.share.batch_size):
             first = step * self.share.batch_size + self.share.rank * self.share.rows
             for position in range(first, first + self.share.rows):
@@ -116,13 +116,13 @@ class StreamFeed:
         self._reserve: list[Row] = []
 
     def rows(self, start: int) -> Iterator[Row]:
-        """See `Feed.rows`."""
+        """The stream's rows behind those of the steps before; these are read and dropped."""
         stream = self._endless()
         self._reserve = list(itertools.islice(stream, max(1, min(_RESERVE, self.expected // 20))))
         yield from itertools.islice(stream, start * self.share.rows, self.steps * self.share.rows)
 
     def spares(self, step: int, place: int) -> Iterator[Row]:
-        """See `Feed.spares`."""
+        """The rows put aside, each place of a batch beginning at another."""
         begin = (step + place) % len(self._reserve)
         yield from self._reserve[begin:]
         yield from self._reserve[:begin]

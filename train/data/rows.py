@@ -84,7 +84,7 @@ class FileRow:
     short: str | None
 
     def pair(self, size: int, tokenizer: Tokenizer) -> Pair:
-        """See `Row.pair`."""
+        """Checks the row's captions."""
         return pair_of(self.image, self.long, self.short)
 
 

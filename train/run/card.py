@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +13,6 @@ from longclip_rt.system.files import write_text_atomically
 
 CARD_FILE = "README.md"
 
-_PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9._/-]*")
-_YAML_WORDS = {"true", "false", "yes", "no", "on", "off", "null", "y", "n"}
 _RECALL = re.compile(r"(?:.*/)?(?:(?P<captions>.+)_)?(?P<direction>i2t|t2i)_r(?P<k>\d+)")
 _DIRECTIONS = {"i2t": "Image to text", "t2i": "Text to image"}
 
@@ -63,7 +60,7 @@ class ModelCard:
         training: How it was trained.
         limits: What it does not do; Markdown.
         config: The run's configuration: a dataclass or a mapping, nested or not, shown as a table.
-        retrieval: Validation recall as fractions, by the names of `longclip_rt.train.evaluate.retrieval` with the kind
+        retrieval: Validation recall as fractions, by the names of `longclip_rt.metrics.retrieval` with the kind
             of captions before them: `long_i2t_r1`. Other names are shown as further figures.
         figures: Further measured figures: what was measured, and the result; Markdown.
         weights: The file of weights, beside the card.
@@ -107,12 +104,16 @@ def write_model_card(path: Path, card: ModelCard) -> None:
 
 
 def _front_matter(card: ModelCard) -> str:
-    lines = [f"license: {_yaml(card.license)}", "library_name: longclip-rt"]
-    lines.append("pipeline_tag: zero-shot-image-classification")
-    if card.base_model is not None:
-        lines.append(f"base_model: {_yaml(card.base_model)}")
-    lines += ["tags:", *(f"- {_yaml(tag)}" for tag in card.tags)] if card.tags else []
-    return "\n".join(("---", *lines, "---"))
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(
+        license=card.license,
+        library_name="longclip-rt",
+        pipeline_tag="zero-shot-image-classification",
+        base_model=card.base_model,
+        tags=list(card.tags) or None,
+    )
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def _figures(card: ModelCard) -> Iterator[str]:
@@ -211,12 +212,6 @@ def _cell(text: str) -> str:
 
 def _line(text: str) -> str:
     return " ".join(text.split())
-
-
-def _yaml(text: str) -> str:
-    """A YAML string; JSON's quotes are YAML's too."""
-    plain = _PLAIN.fullmatch(text) and text.lower() not in _YAML_WORDS
-    return text if plain else json.dumps(text, ensure_ascii=False)
 
 
 def _duration(seconds: float) -> str:

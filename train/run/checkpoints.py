@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ def save_checkpoint(folder: Path, state: TrainState, keep: int) -> Path:
     with output_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(target) as file:
-            torch.save({name: getattr(state, name) for name in _FIELDS}, file)
+            _save({name: getattr(state, name) for name in _FIELDS}, file)
         # The hash comes last: a checkpoint without one was not finished.
         write_text_atomically(_hash_file(target), json.dumps({"sha256": sha256_of_file(target)}) + "\n")
         found = sorted(_checkpoints(folder))
@@ -76,6 +76,16 @@ def save_checkpoint(folder: Path, state: TrainState, keep: int) -> Path:
         for unfinished in target.parent.glob("step-*.tmp"):
             unfinished.unlink(missing_ok=True)
     return target
+
+
+def _save(content: dict[str, Any], file: BinaryIO) -> None:
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        # torch closes its archive after the disk refused, and reports what went wrong with that.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        raise
 
 
 def load_newest_checkpoint(folder: Path) -> TrainState | None:

@@ -20,9 +20,10 @@ from typing import Any, SupportsFloat, TextIO
 
 import numpy as np
 
-from longclip_rt.errors import LongClipError, MissingExtraError, OutputError
+from longclip_rt.errors import LongClipError, OutputError
 from longclip_rt.system.extras import require
 from longclip_rt.system.files import output_errors, whole_file
+from longclip_rt.train.run.events import open_events
 
 METRICS_FILE = "metrics.csv"
 CURVES_FILE = "curves.png"
@@ -71,7 +72,7 @@ class RunLog:
                 self._step = max(step for step, _, _ in kept)
                 self._names = {name for step, name, _ in kept if step == self._step}
             self._file = self._path.open("a", encoding="utf-8", newline="")
-        self._events = _event_writer(folder / EVENTS_FOLDER, resume_step)
+        self._events = open_events(folder / EVENTS_FOLDER, resume_step)
 
     def __enter__(self) -> RunLog:
         return self
@@ -231,6 +232,8 @@ def _smooth(values: Sequence[float], window: int) -> Any:
 class TrainProgress:
     """Step, loss, samples a second and time left, on stderr: a bar on a terminal, else a line now and then.
 
+    tqdm draws the bar; its rate would count the pauses of validation and of checkpoints as time of steps.
+
     Args:
         total: Steps of the whole run.
         batch_size: Samples of a step, over all processes.
@@ -340,18 +343,6 @@ class TrainProgress:
         if self._step < self._total and now > began:
             left = round((self._total - self._step) * (now - began) / (self._step - first))
             yield f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
-
-
-def _event_writer(folder: Path, resume_step: int | None) -> Any:
-    """torch's TensorBoard writer, or None, said once, where it is not installed: the CSV holds the same figures."""
-    try:
-        writer = require("torch.utils.tensorboard", "train").SummaryWriter
-    except (MissingExtraError, ImportError) as error:  # torch refuses a TensorBoard that is too old by an ImportError
-        _log.warning("No TensorBoard events will be written; %s has the figures. %s", METRICS_FILE, error)
-        return None
-    with output_errors(folder):
-        # The viewer then passes over the earlier files' events from that step on.
-        return writer(str(folder), purge_step=None if resume_step is None else resume_step + 1)
 
 
 def _rows(path: Path) -> Iterable[tuple[int, str, float]]:

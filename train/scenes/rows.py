@@ -67,7 +67,7 @@ class SceneRow:
         return f"scenes@{self.seed}:{self.index}{suffix}" + (f"/kind{self.kind}" if self.kind else "")
 
     def pair(self, size: int, tokenizer: Tokenizer) -> Pair:
-        """See `Row.pair`."""
+        """Draws the scene."""
         from longclip_rt.train import scenes
 
         scene = scenes.with_another_kind(scenes.scene(self.seed, self.index, self.things), self.kind)

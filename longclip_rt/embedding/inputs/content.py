@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import hashlib
 import os
 import stat
@@ -10,43 +11,73 @@ from pathlib import Path
 
 from longclip_rt.embedding.inputs.entries import MAX_TEXT_BYTES, Entry
 from longclip_rt.errors import InputError
+from longclip_rt.system.files import tells_of_system
+
+# Files whose first 64 KiB are read twice.
+_BEGINNINGS = 64
 
 
-def _candidates(entry: Entry) -> list[Path]:
+def _candidates(entry: Entry) -> list[str]:
     """Where the file that an entry names may be: in the working directory, then in the list's folder."""
-    given = Path(entry.id)
-    if given.is_absolute() or entry.base in ("", "."):
-        return [given]
-    return [given, Path(entry.base) / given]
+    if entry.base in ("", ".") or os.path.isabs(entry.id):  # noqa: PTH117 see FilesDigest
+        return [entry.id]
+    return [entry.id, os.path.join(entry.base, entry.id)]  # noqa: PTH118
 
 
-class Places:
-    """A running SHA-256 over the places that relative paths lead to from here: other ones from another folder."""
+def _beginning(path: str) -> bytes:
+    try:
+        with Path(path).open("rb") as stream:
+            return hashlib.sha256(stream.read(1 << 16)).digest()
+    except OSError:
+        return b"unreadable"
+
+
+class FilesDigest:
+    """Running SHA-256s over the files that entries lead to from here: where they are, and whether they are the same.
+
+    A file is taken for the same while it has the same size and the same time of its last change, as `rsync` takes it:
+    to read a million files twice would double the work. That is one `stat` an entry, some microseconds. Archives can
+    give equal times to files of equal sizes, so the beginnings of the first files are compared as well.
+    """
 
     def __init__(self) -> None:
-        self._here = Path.cwd()
-        self._hash = hashlib.sha256()
-        self._any = False
+        self._here = os.fsencode(Path.cwd()) + b"/"
+        self._places = hashlib.sha256()
+        self._states = hashlib.sha256()
+        self._relative = self._any = False
+        self._to_read = _BEGINNINGS
 
-    def add(self, entry: Entry) -> None:
-        """Takes one entry in. A file that is not there counts as if it were in the last place looked at."""
-        if entry.inline or entry.error is not None or Path(entry.id).is_absolute():
-            return
-        *others, last = _candidates(entry)
-        place = next((candidate for candidate in others if _is_file(candidate)), last)
-        self._hash.update(os.fsencode(self._here / place) + b"\0")
+    def add(self, entry: Entry) -> bytes:
+        """Takes one entry in. Returns what tells its file's state from another; empty where it names none."""
+        if entry.inline or entry.error is not None:
+            return b""
+        path, state = entry.id, b"absent"
+        for path in _candidates(entry):
+            with contextlib.suppress(OSError, ValueError):
+                status = os.stat(path)  # noqa: PTH116
+                if stat.S_ISREG(status.st_mode):
+                    state = b"%d %d" % (status.st_size, status.st_mtime_ns)
+                    if self._to_read:
+                        self._to_read -= 1
+                        state += _beginning(path)
+                    break
+        if not os.path.isabs(entry.id):  # noqa: PTH117 a Path for each of a million entries takes longer than its stat
+            self._relative = True
+            self._places.update(self._here + os.fsencode(path) + b"\0")
         self._any = True
+        state += b"\0"
+        self._states.update(state)
+        return state
 
-    def hexdigest(self) -> str:
-        """The digest of what came so far; empty where no path was relative."""
-        return self._hash.hexdigest() if self._any else ""
+    @property
+    def places(self) -> str:
+        """The digest of the places of relative paths; empty where there were none."""
+        return self._places.hexdigest() if self._relative else ""
 
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
+    @property
+    def states(self) -> str:
+        """The digest of the states of all files; empty where no entry named one."""
+        return self._states.hexdigest() if self._any else ""
 
 
 def locate(entry: Entry) -> Path:
@@ -59,7 +90,7 @@ def locate(entry: Entry) -> Path:
     trouble = "There is no such file"
     if len(candidates) > 1:
         trouble += f", neither in the working directory nor in the list's folder {entry.base!r}"
-    for candidate in candidates:
+    for candidate in map(Path, candidates):
         try:
             mode = candidate.stat().st_mode
         except (FileNotFoundError, NotADirectoryError):
@@ -80,6 +111,7 @@ def read_text(entry: Entry) -> str:
 
     Raises:
         InputError: When the file is absent, empty, too large or not UTF-8.
+        OSError: When open files or memory ran out.
     """
     if entry.inline:
         return entry.id
@@ -88,6 +120,8 @@ def read_text(entry: Entry) -> str:
         with path.open("rb") as stream:
             content = stream.read(MAX_TEXT_BYTES + 1)
     except OSError as error:
+        if tells_of_system(error):
+            raise
         raise InputError(f"The file cannot be read: {error.strerror}.") from error
     if len(content) > MAX_TEXT_BYTES:
         raise InputError(f"The file is larger than {MAX_TEXT_BYTES} bytes. One .txt file is one text.")

@@ -52,13 +52,13 @@ class EntryDigest:
         self._hash = hashlib.sha256()
         self.count = 0
 
-    def add(self, entry: Entry) -> None:
-        """Takes one entry in."""
+    def add(self, entry: Entry, state: bytes = b"") -> None:
+        """Takes one entry in, and what is known of its file's state."""
         self.count += 1
         head = f"{entry.line}\0{entry.kind}\0{int(entry.inline)}\0{entry.base}\0{entry.source}\0{entry.error or ''}\0"
         text = entry.id.encode("utf-8")
         # The length keeps two entries from reading as one.
-        self._hash.update(f"{len(text)}\0{head}".encode("utf-8", "backslashreplace") + text)
+        self._hash.update(f"{len(text)}\0{head}".encode("utf-8", "backslashreplace") + state + text)
 
     def hexdigest(self) -> str:
         """The digest of what came so far, 64 hexadecimal digits."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from longclip_rt.embedding.inputs.content import Places
+from longclip_rt.embedding.inputs.content import FilesDigest
 from longclip_rt.embedding.inputs.entries import Entry, EntryDigest, Line, Reading, Tally, is_url, lines_from_stream
 from longclip_rt.embedding.inputs.tables import entries_from_jsonl, entries_from_parquet
 from longclip_rt.errors import InputError
@@ -53,13 +53,15 @@ class InputSummary:
     Attributes:
         entries: Their number.
         digest: Of the entries as they stand in the sources.
-        places: Of the files that relative paths lead to from the working directory; empty where no path is relative.
+        places: Digest of the places that relative paths lead to from the working directory; empty where none is.
+        files: Digest of the states of the files named, see `FilesDigest`; empty where none is named.
         tally: What was skipped, and the columns chosen.
     """
 
     entries: int
     digest: str
     places: str
+    files: str
     tally: Tally
 
 
@@ -209,17 +211,17 @@ def scan(inputs: Inputs) -> InputSummary:
         InputError: When a source cannot be read, or there is nothing to embed.
     """
     tally = Tally()
-    digest, places = EntryDigest(), Places()
+    digest, files = EntryDigest(), FilesDigest()
     for entry in inputs.entries(tally):
         digest.add(entry)
-        places.add(entry)
+        files.add(entry)
     if digest.count == 0:
         names = ", ".join(repr(source.name) for source in inputs.sources)
         raise InputError(
             f"There is nothing to embed in {names}: {tally.empty} empty lines, {tally.comments} comments, "
             f"{tally.others} files that are neither images nor .txt."
         )
-    return InputSummary(digest.count, digest.hexdigest(), places.hexdigest(), tally)
+    return InputSummary(digest.count, digest.hexdigest(), files.places, files.states, tally)
 
 
 def _entries_from_source(source: Source, reading: Reading) -> Iterator[Entry]:

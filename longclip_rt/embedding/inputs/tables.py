@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from longclip_rt.embedding.inputs.entries import CLIPPED, Entry, Line, Reading
 from longclip_rt.errors import InputError
@@ -79,7 +80,7 @@ def _object_from_json(text: str) -> tuple[dict[str, object] | None, str | None]:
 
 
 def entries_from_parquet(path: Path, reading: Reading) -> Iterator[Entry]:
-    """Entries of a Parquet file's column of strings; a null becomes a reject.
+    """Entries of a Parquet file's column of strings; a null or a cell that is not UTF-8 becomes a reject.
 
     Raises:
         InputError: When the file is no Parquet, or has no such column of strings.
@@ -90,14 +91,34 @@ def entries_from_parquet(path: Path, reading: Reading) -> Iterator[Entry]:
     try:
         with pq.ParquetFile(path, pre_buffer=False) as table:
             column = choose_column(table.schema_arrow.names, reading)
+            if table.schema_arrow.names.count(column) > 1:
+                raise InputError(f"{reading.name!r} has several columns {column!r}. Rename all but one.")
             kind = table.schema_arrow.field(column).type
             value_kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-            if not (pa.types.is_string(value_kind) or pa.types.is_large_string(value_kind)):
+            if value_kind not in (pa.string(), pa.large_string(), pa.string_view()):
                 raise InputError(f"column {column!r} of {reading.name!r} holds {kind}; a column of strings is needed.")
             line = 0
             for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=[column]):
-                for value in batch.column(0).to_pylist():
+                for value in _strings(batch.column(column)):  # by name: "a.b" also selects b of a
                     line += 1
-                    yield reading.reject("", line, "The cell is null.") if value is None else reading.entry(value, line)
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise InputError(f"{reading.name!r} cannot be read as Parquet: {error}.") from error
+                    if isinstance(value, str):
+                        yield reading.entry(value, line)
+                    else:
+                        yield reading.reject("", line, f"The cell is {'null' if value is None else 'not valid UTF-8'}.")
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # Arrow says of damaged pages too that they are an OSError, but without a number
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise InputError(f"{reading.name!r} cannot be read as Parquet: {reason}.") from error
+
+
+def _strings(column: Any) -> Iterator[str | UnicodeDecodeError | None]:
+    """The cells of an Arrow array of strings; an error stands for one that is not UTF-8, which Arrow does not check."""
+    try:
+        yield from column.to_pylist()
+    except UnicodeDecodeError:
+        for cell in column:
+            try:
+                yield cell.as_py()
+            except UnicodeDecodeError as error:
+                yield error
