@@ -51,6 +51,7 @@ setup(
         "click>=8.1",
         "ftfy>=6.1",
         "huggingface_hub>=1.0",
+        "msgspec>=0.19",
         "numpy>=1.26",
         "openvino>=2026.0",  # the first that was tried with the Attention operator of opset 23
         "Pillow>=10.1",

@@ -156,9 +156,14 @@ class Embedder:
         Raises:
             InputError: A text is too long and `truncate` is False, or holds what is no Unicode text.
         """
-        if isinstance(texts, str):
-            raise InputError("embed_texts takes a list of texts; got one text. Write [text].")
-        encoded = self.tokenizer.encode(list(texts))
+        given = _listed("embed_texts", "text", texts, str)
+        for index, text in enumerate(given):
+            if isinstance(text, str) and not text.isascii():
+                try:
+                    text.encode()
+                except UnicodeEncodeError as error:
+                    raise InputError(f"Text {index} is not valid Unicode: {error.reason}. Mend the text.") from error
+        encoded = self.tokenizer.encode(given)
         if too_long := [index for index, tokens in enumerate(encoded) if tokens.truncated]:
             if not truncate:
                 raise InputError(
@@ -194,9 +199,9 @@ class Embedder:
             InputError: An image cannot be read; the message names it. Use `longclip-rt embed` for lists that may hold
                 such images: it sets them aside and goes on.
         """
-        if isinstance(images, (str, Path, bytes)):
-            raise InputError("embed_images takes a list of images; got one. Write [image].")
-        sources = list(images)
+        from PIL import Image
+
+        sources = _listed("embed_images", "image", images, (str, Path, bytes, Image.Image))
         groups = [sources[start : start + self.batch_size] for start in range(0, len(sources), self.batch_size)]
 
         def embed(group: list[str | Path | bytes | Image.Image]) -> Float32:
@@ -233,6 +238,20 @@ class Embedder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _listed(method: str, what: str, given: Any, single: type | tuple[type, ...]) -> list[Any]:
+    """The items of an argument, which must be several.
+
+    Raises:
+        InputError: It is a single item, or nothing that can be listed.
+    """
+    if isinstance(given, single):
+        raise InputError(f"{method} takes a list of {what}s; got one {what}. Write [{what}].")
+    try:
+        return list(given)
+    except TypeError as error:
+        raise InputError(f"{method} takes a list of {what}s; got {type(given).__name__}.") from error
 
 
 def _pca_from(pca: str | Path | Pca | None, bundle: Bundle) -> Pca | None:

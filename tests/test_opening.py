@@ -13,6 +13,7 @@ import torch
 from tiny_models import token_ids
 
 from longclip_rt.bundle.bundle import load_bundle
+from longclip_rt.bundle.manifest import write_fields
 from longclip_rt.errors import BackendError
 from longclip_rt.opening import availability, open_backend
 from longclip_rt.weights.checkpoint import load_checkpoint, towers_from_checkpoint
@@ -159,7 +160,7 @@ def test_fp16_without_an_fp16_graph_is_an_error(tiny_bundle: Path, tmp_path: Pat
 
     copy = shutil.copytree(tiny_bundle, tmp_path / "copy")
     manifest = json.loads((copy / "bundle.json").read_text())
-    (copy / "bundle.json").write_text(json.dumps(manifest | {"precisions": ["fp32"]}))
+    write_fields(copy, manifest | {"precisions": ["fp32"]})
     with pytest.raises(BackendError, match="exported without --fp16"):
         open_backend(load_bundle(copy), "onnxruntime", "fp16")
 
@@ -170,11 +171,11 @@ def test_the_torch_backend_refuses_other_weights_than_the_bundles(tiny_bundle: P
     copy = shutil.copytree(tiny_bundle, tmp_path / "copy")
     manifest = json.loads((copy / "bundle.json").read_text())
     manifest["source"]["sha256"] = "0" * 64
-    (copy / "bundle.json").write_text(json.dumps(manifest))
+    write_fields(copy, manifest)
     with pytest.raises(BackendError, match="not what the bundle was exported from"):
         open_backend(load_bundle(copy), "torch")
     manifest["source"]["weights"] = str(tmp_path / "gone.safetensors")
-    (copy / "bundle.json").write_text(json.dumps(manifest))
+    write_fields(copy, manifest)
     with pytest.raises(BackendError, match=r"cannot be loaded.*--backend auto"):
         open_backend(load_bundle(copy), "torch")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,15 @@ Float32 = NDArray[np.float32]
 
 INPUT_NAMES = {"text": "input_ids", "image": "pixel_values"}
 EMBEDDINGS = {"text": "text_embeds", "image": "image_embeds"}
+
+
+Shapes = Mapping[str, Sequence[object]]
+
+
+def _fits(found: Sequence[object], wanted: Sequence[int | None]) -> bool:
+    return len(found) == len(wanted) and all(
+        size is None or not isinstance(given, int) or given == size for given, size in zip(found, wanted, strict=True)
+    )
 
 
 class Backend(ABC):
@@ -97,7 +107,7 @@ class Backend(ABC):
                 f"The bundle has no {tower} output {', '.join(unknown)}; it has {', '.join(known)}. "
                 f"Export it again with --output-name {unknown[0]}."
             )
-        self._check_shape(tower, inputs.shape)
+        self._check_inputs(tower, inputs)
         if self._process != os.getpid():
             raise BackendError(
                 f"This {self.name} backend was opened by process {self._process}, of which this one is a fork: its "
@@ -112,14 +122,56 @@ class Backend(ABC):
                     return results
         return self._run(tower, inputs, names)
 
-    def _check_shape(self, tower: str, shape: tuple[int, ...]) -> None:
-        architecture = self.bundle.architecture
+    def _check_inputs(self, tower: str, inputs: NDArray[np.generic]) -> None:
+        if not isinstance(inputs, np.ndarray):
+            raise BackendError(f"The {tower} encoder takes a numpy array; got {type(inputs).__name__}.")
+        architecture, shape = self.bundle.architecture, inputs.shape
         size, context = architecture.image_size, architecture.context_length
         if tower == "text":
             if len(shape) != 2 or not shape[0] or not 1 <= shape[1] <= context:
                 raise BackendError(f"Token ids must be [batch, 1 to {context}], batch at least 1; got {list(shape)}.")
+            if not np.issubdtype(inputs.dtype, np.integer):
+                raise BackendError(f"Token ids must be integers; got {inputs.dtype}.")
+            least, most = int(inputs.min()), int(inputs.max())
+            if least < 0 or most >= architecture.vocab_size:
+                raise BackendError(
+                    f"Token ids must be from 0 to {architecture.vocab_size - 1}, the model's vocabulary; got {least} "
+                    f"to {most}. Tokenize with the bundle's own tokenizer."
+                )
         elif len(shape) != 4 or not shape[0] or shape[1:] != (3, size, size):
             raise BackendError(f"Pixels must be [batch, 3, {size}, {size}], batch at least 1; got {list(shape)}.")
+
+    def _check_graph(self, tower: str, inputs: Shapes, outputs: Shapes) -> None:
+        """Refuses a graph that is not the architecture's, by the shapes that the library read from it.
+
+        Args:
+            tower: `text` or `image`.
+            inputs: Name -> sizes; what is free, or not known, is no number.
+            outputs: Likewise.
+
+        Raises:
+            BackendError: It lacks an input or output, or one has another size.
+        """
+        architecture = self.bundle.architecture
+        size, dim = architecture.image_size, architecture.embed_dim
+        wanted_inputs = {INPUT_NAMES[tower]: (None, None) if tower == "text" else (None, 3, size, size)}
+        wanted_outputs = {name: None for name in self.bundle.outputs(tower)} | {EMBEDDINGS[tower]: (None, dim)}
+        for given, wanted in ((inputs, wanted_inputs), (outputs, wanted_outputs)):
+            for name, shape in wanted.items():
+                found = given.get(name)
+                if found is None or (shape is not None and not _fits(found, shape)):
+                    raise BackendError(
+                        f"The {tower} graph of {self.bundle.path} is not this model's: {name} is "
+                        f"{'absent' if found is None else list(found)}. Export or copy the bundle again."
+                    )
+
+    def __reduce__(self) -> NoReturn:
+        """Backends hold compiled models and threads, which no other process can be given.
+
+        Raises:
+            BackendError: Always.
+        """
+        raise BackendError("A backend cannot be pickled. Open the bundle again in the other process.")
 
     @abstractmethod
     def close(self) -> None:

@@ -82,6 +82,11 @@ class OnnxRuntimeBackend(Backend):
             graph = str(self._graphs[tower])
             session = self._ort.InferenceSession(graph, options, providers=settings, enable_fallback=0)
         check_provider(self.name, session.get_providers())
+        self._check_graph(
+            tower,
+            {each.name: each.shape for each in session.get_inputs()},
+            {each.name: each.shape for each in session.get_outputs()},
+        )
         if self.on_gpu:
             check_assignment(self.name, assignments(session))
         return session

@@ -41,6 +41,15 @@ def openvino_precisions() -> list[str]:
     return [precision for precision in ("bf16", "fp32", "fp16") if _CAPABILITIES[precision] in found]
 
 
+def _shapes(ports: Sequence[Any]) -> dict[str, list[object]]:
+    """Sizes by each name of a compiled model's ports; a free one is None."""
+    return {
+        name: [each.get_length() if each.is_static else None for each in port.get_partial_shape()]
+        for port in ports
+        for name in port.get_names()
+    }
+
+
 class OpenVinoBackend(Backend):
     """Runs the fp32 graphs; OpenVINO lowers the matrix products to the wanted precision itself.
 
@@ -95,6 +104,7 @@ class OpenVinoBackend(Backend):
                     raise BackendError(
                         f"OpenVINO was asked for {self.precision} and chose {used}. Ask for fp32 instead."
                     )
+                self._check_graph(tower, _shapes(compiled.inputs), _shapes(compiled.outputs))
                 self._compiled[tower] = compiled
             return self._compiled[tower]
 

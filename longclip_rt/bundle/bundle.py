@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longclip_rt.bundle.manifest import MANIFEST, read_fields, write_fields
 from longclip_rt.errors import BundleError, OutputError, PcaError
 from longclip_rt.model.architecture import Architecture
 from longclip_rt.model.preprocess import ImageTransform
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("longclip_rt")
 
-FORMAT_VERSION = 1
-MANIFEST = "bundle.json"
 TOKENIZER = "tokenizer.json"
 PCA = "pca.safetensors"
 TOWERS = ("text", "image")
@@ -63,8 +62,19 @@ class Bundle:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Texts to token ids, as many as the context length at most."""
-        return Tokenizer.from_file(self.file(TOKENIZER), self.architecture.context_length)
+        """Texts to token ids, as many as the context length at most.
+
+        Raises:
+            BundleError: The file cannot be read, or is of a model with another vocabulary.
+        """
+        tokenizer = Tokenizer.from_file(self.file(TOKENIZER), self.architecture.context_length)
+        if (tokenizer.vocab_size, tokenizer.eot) != (self.architecture.vocab_size, self.architecture.eot_id):
+            raise BundleError(
+                f"{self.file(TOKENIZER)} is another model's: it has {tokenizer.vocab_size} tokens and ends texts with "
+                f"{tokenizer.eot}; the model has {self.architecture.vocab_size} and {self.architecture.eot_id}. "
+                "Export or copy the bundle again."
+            )
+        return tokenizer
 
     @cached_property
     def transform(self) -> ImageTransform:
@@ -170,29 +180,8 @@ def load_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
 
 
 def _manifest(directory: Path) -> dict[str, Any]:
-    file = directory / MANIFEST
-    if not file.is_file():
-        hint = "is no directory" if not directory.is_dir() else f"holds no {MANIFEST}"
-        raise BundleError(
-            f"{directory} {hint}, so it is no bundle. Make one with: longclip-rt export --out {directory}"
-        )
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{file} cannot be read as JSON ({error}). Export or copy the bundle again.") from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
-        raise BundleError(f"{file} is not a manifest of this program: it has no format number.")
-    if manifest["format"] > FORMAT_VERSION:
-        raise BundleError(
-            f"The bundle {directory} has format {manifest['format']}; this version reads up to {FORMAT_VERSION}. "
-            "Update with: pip install -U longclip-rt"
-        )
-    fields = ("name", "trained", "architecture", "image", "outputs", "precisions", "files", "source")
-    if missing := [field for field in fields if field not in manifest]:
-        raise BundleError(f"{file} lacks {', '.join(missing)}. Export the bundle again.")
-    if unsafe := [name for name in manifest["files"] if Path(name).name != name]:
-        raise BundleError(f"{file} names files outside the bundle ({', '.join(unsafe)}); it will not be used.")
-    return manifest
+    graphs = {precision: [onnx_name(tower, precision) for tower in TOWERS] for precision in ("fp32", "fp16")}
+    return read_fields(directory, {"all": [TOKENIZER], "pca": [PCA], **graphs})
 
 
 def _stamp_file(bundle: Bundle) -> Path:
@@ -278,7 +267,7 @@ def rename_weights(directory: Path, name: str) -> Bundle:
     """
     manifest = _manifest(directory)
     manifest["source"] = {**manifest["source"], "weights": name}
-    _write_json(directory / MANIFEST, manifest)
+    write_fields(directory, manifest)
     return load_bundle(directory)
 
 
@@ -289,8 +278,4 @@ def write_manifest(directory: Path, fields: Mapping[str, Any]) -> None:
         for file in sorted(directory.iterdir())
         if file.name != MANIFEST and file.is_file()
     }
-    _write_json(directory / MANIFEST, {"format": FORMAT_VERSION, **fields, "files": files})
-
-
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    write_text_atomically(file, json.dumps(content, indent=2) + "\n")
+    write_fields(directory, {**fields, "files": files})

@@ -69,6 +69,7 @@ class Tokenizer:
         context_length: Largest number of ids of one text, start and end tokens included.
         sot: Id of the start token.
         eot: Id of the end token.
+        vocab_size: Number of tokens.
         pad: Id that fills the rows which `__call__` returns; 0, as in the reference.
     """
 
@@ -94,6 +95,7 @@ class Tokenizer:
         self.context_length = context_length
         self.sot: int = sot
         self.eot: int = eot
+        self.vocab_size = int(rust.get_vocab_size())
         self.pad = PAD_ID
         # Word -> its ids as the bytes of an int32 array. Threads share it: losing or repeating an entry does no harm.
         self._known: dict[str, bytes] = {}

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from longclip_rt import Embedder
 from longclip_rt.bundle import bundle as bundles
@@ -16,8 +17,10 @@ from longclip_rt.bundle.bundle import (
     known_bundles,
     load_bundle,
     rename_weights,
+    write_manifest,
 )
-from longclip_rt.errors import BundleError
+from longclip_rt.bundle.manifest import content_hash, write_fields
+from longclip_rt.errors import BackendError, BundleError
 
 
 @pytest.fixture
@@ -75,30 +78,80 @@ def test_a_missing_file_is_named(copy: Path) -> None:
         load_bundle(copy)
 
 
+NAN = float("nan")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"format": 99}, "format 99.*pip install -U"),
+        ({"format": 1}, "older version.*Export it again"),
         ({"format": "one"}, "no format number"),
-        ({"files": {"../escape": {"size": 1, "sha256": ""}}}, "outside the bundle"),
+        ({"files": {}}, "does not say what it should"),
+        ({"files": {"../escape": {"size": 1, "sha256": "0" * 64}}}, "outside the bundle"),
+        ({"files": {"text.onnx": {"size": 1, "sha256": "0" * 64}}}, r"lists no tokenizer\.json, image\.onnx"),
+        ({"files": {"text.onnx": {"size": -1, "sha256": "0" * 64}}}, "does not say what it should"),
+        ({"image": {"size": 24, "mean": [0, 0, 0], "std": [0, 0, 0]}}, "does not say what it should"),
+        ({"image": {"size": 24, "mean": [NAN] * 3, "std": [0.3] * 3}}, "does not say what it should"),
+        ({"image": {"size": 32, "mean": [0.5] * 3, "std": [0.3] * 3}}, "contradicts itself: image_size"),
+        ({"context_length": 77}, "contradicts itself: context_length"),
+        ({"outputs": {"text": ["text_embeds"]}}, "does not say what it should"),
+        ({"outputs": None}, "does not say what it should"),
+        ({"precisions": ["int3"]}, "does not say what it should"),
+        ({"architecture": None}, "does not say what it should"),
+        ({"architecture": {"image_size": 24}}, "does not say what it should"),
+        ({"source": []}, "does not say what it should"),
+        ({"pca": {"sha256": "0", "mode": "project"}}, r"lists no pca\.safetensors"),
+        ({"name": 7}, "does not say what it should"),
     ],
 )
-def test_a_manifest_that_cannot_be_trusted_is_refused(copy: Path, change: dict[str, object], message: str) -> None:
-    manifest = json.loads((copy / "bundle.json").read_text())
-    (copy / "bundle.json").write_text(json.dumps(manifest | change))
+def test_a_manifest_that_cannot_be_trusted_is_refused_and_passed_over(
+    copy: Path, change: dict[str, object], message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Though the hash of its content was made anew."""
+    manifest = json.loads((copy / "bundle.json").read_text()) | change
+    manifest["content"] = content_hash(manifest)
+    (copy / "bundle.json").write_text(json.dumps(manifest))
     with pytest.raises(BundleError, match=message):
         load_bundle(copy)
+    shutil.copytree(copy, bundles_home() / "odd")
+    assert known_bundles() == [] and "passed over a bundle" in caplog.text
 
 
-def test_a_manifest_without_a_field_or_that_is_no_json_is_refused(copy: Path) -> None:
+def test_a_manifest_that_was_changed_is_refused(copy: Path) -> None:
     manifest = json.loads((copy / "bundle.json").read_text())
-    del manifest["architecture"]
-    (copy / "bundle.json").write_text(json.dumps(manifest))
-    with pytest.raises(BundleError, match="lacks architecture"):
+    changed = manifest | {"trained": not manifest["trained"]}
+    (copy / "bundle.json").write_text(json.dumps(changed))
+    with pytest.raises(BundleError, match="was changed after the export"):
         load_bundle(copy)
-    (copy / "bundle.json").write_text("{")
-    with pytest.raises(BundleError, match="cannot be read as JSON"):
+
+
+@pytest.mark.parametrize("content", ["{", "[" * 100_000, '{"format": 2, "name": ' + "[" * 100_000, "\x00", ""])
+def test_what_is_no_json_is_refused(content: str, copy: Path) -> None:
+    (copy / "bundle.json").write_text(content)
+    with pytest.raises(BundleError, match=r"cannot be read as JSON"):
         load_bundle(copy)
+
+
+def test_another_models_tokenizer_is_refused_though_the_manifest_names_it(copy: Path) -> None:
+    from longclip_rt.model.vocabulary import tokenizer_json
+
+    (copy / "tokenizer.json").write_text(tokenizer_json(248, 4096), encoding="utf-8")
+    (copy / "bundle.json").rename(copy / "old.json")
+    fields = json.loads((copy / "old.json").read_text())
+    (copy / "old.json").unlink()
+    write_manifest(copy, {key: value for key, value in fields.items() if key not in ("files", "content", "format")})
+    with pytest.raises(BundleError, match="is another model's: it has 4096 tokens"):
+        Embedder.from_bundle(copy, "onnxruntime")
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+def test_graphs_of_another_model_are_refused_though_the_manifest_names_them(copy: Path, backend: str) -> None:
+    shutil.copy(copy / "text.onnx", copy / "image.onnx")
+    fields = json.loads((copy / "bundle.json").read_text())
+    write_manifest(copy, {key: value for key, value in fields.items() if key not in ("files", "content", "format")})
+    with Embedder.from_bundle(copy, backend, "fp32") as embedder, pytest.raises(BackendError, match="not this model's"):
+        embedder.embed_images([Image.new("RGB", (30, 30))])
 
 
 def test_a_folder_without_manifest_says_how_to_make_one(tmp_path: Path) -> None:
@@ -154,7 +207,8 @@ def test_weights_are_renamed_without_a_change_of_identity(copy: Path) -> None:
     after = rename_weights(copy, "tiny.safetensors")
     assert after.manifest["source"] == {**before.manifest["source"], "weights": "tiny.safetensors"}
     assert after.sha256 == before.sha256
-    assert {**after.manifest, "source": None} == {**before.manifest, "source": None}
+    other = {"source": None, "content": None}
+    assert {**after.manifest, **other} == {**before.manifest, **other}
     assert load_bundle(copy).manifest == after.manifest
     with pytest.raises(BundleError, match="is no directory"):
         rename_weights(copy / "absent", "x")
@@ -162,8 +216,8 @@ def test_weights_are_renamed_without_a_change_of_identity(copy: Path) -> None:
 
 def test_the_identity_ignores_dates_and_follows_content(tiny_bundle: Path, copy: Path) -> None:
     manifest = json.loads((copy / "bundle.json").read_text())
-    (copy / "bundle.json").write_text(json.dumps(manifest | {"created": "another day"}))
+    write_fields(copy, manifest | {"created": "another day"})
     assert load_bundle(copy).sha256 == load_bundle(tiny_bundle).sha256
     manifest["files"]["text.onnx"]["sha256"] = "0" * 64
-    (copy / "bundle.json").write_text(json.dumps(manifest))
+    write_fields(copy, manifest)
     assert load_bundle(copy, verify=False).sha256 != load_bundle(tiny_bundle).sha256
