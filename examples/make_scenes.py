@@ -15,7 +15,7 @@ from longclip_rt.train.scenes import long_caption, render, scene, twin
 
 FOLDER = Path(__file__).parent / "scenes"
 SEED = (1 << 30) + 1
-SCENES, THINGS, TWINS, PIXELS = 6, 7, 3, 224
+SCENES, THINGS, TWINS, PIXELS = 6, 7, 3, 192
 
 
 def main() -> None:

@@ -15,8 +15,15 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 ObjectiveName = Literal["longclip", "long+short", "long", "clip"]
 Positions = Literal["kps", "interpolate", "none"]
 PcmScope = Literal["local", "global"]
+Frozen = Literal["none", "text"]
 
-_CHOICES = {"objective": ObjectiveName, "positions": Positions, "precision": Precision, "pcm_scope": PcmScope}
+_CHOICES = {
+    "objective": ObjectiveName,
+    "positions": Positions,
+    "precision": Precision,
+    "pcm_scope": PcmScope,
+    "frozen": Frozen,
+}
 
 SCRATCH = "scratch"
 """The value of `weights` that stands for random weights in the shape of `architecture`."""
@@ -55,6 +62,8 @@ class TrainConfig:
         max_bad: Largest share of an epoch's rows that may be unusable.
         objective: What is matched with what; see `longclip_rt.train.loss.Objective`.
         positions: How the text position table is lengthened; see `longclip_rt.train.model.Stretch`.
+        frozen: `text` trains the image tower and the temperature alone. Words whose pictures a model cannot tell apart
+            as yet would otherwise become one to it, and then nothing tells it to learn the difference.
         components: Principal components that PCM keeps.
         pcm_scope: Whether PCM runs on each process's rows (the reference) or on the global batch.
         label_smoothing: Share of each target that is spread over the batch.
@@ -90,6 +99,7 @@ class TrainConfig:
     max_bad: float = 0.05
     objective: ObjectiveName = "longclip"
     positions: Positions = "kps"
+    frozen: Frozen = "none"
     components: int = 32
     pcm_scope: PcmScope = "local"
     label_smoothing: float = 0.1

@@ -120,6 +120,7 @@ class _Run:
             start.state_dict,
             stretch=config.positions,
             logit_scale=config.logit_scale,
+            frozen=config.frozen,
             gradient_checkpointing=config.gradient_checkpointing,
         ).to(procs.device)
         self.start = dataclasses.replace(start, state_dict={})  # the model has copied them

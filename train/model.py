@@ -16,6 +16,7 @@ from longclip_rt.model.towers import Block, ImageTower, Pick, TextTower, open_cl
 from longclip_rt.weights.naming import SECOND_TABLE
 
 Stretch = Literal["kps", "interpolate", "none"]
+Frozen = Literal["none", "text"]
 """How 77 positions become 248: knowledge-preserved stretching, plain interpolation, or not at all."""
 
 
@@ -67,6 +68,7 @@ class TrainableClip(nn.Module):
         *,
         stretch: Stretch = "none",
         logit_scale: float | None = None,
+        frozen: Frozen = "none",
         gradient_checkpointing: bool = False,
     ) -> None:
         """Copies weights into a model that is ready to train, in float32.
@@ -78,6 +80,7 @@ class TrainableClip(nn.Module):
                 there is one.
             stretch: What to do with the position table; `none` takes one of any length.
             logit_scale: What to set the logarithm of the inverse temperature to; None keeps the weights' own.
+            frozen: Whether the text tower stays as it is.
             gradient_checkpointing: Whether to compute activations again in the backward pass instead of keeping them.
 
         Raises:
@@ -106,6 +109,9 @@ class TrainableClip(nn.Module):
             text: TextTower = _TwoTableTower(self.architecture, clip, self._second, self.kept_rows)
         else:
             text = TextTower(self.architecture, clip)
+        if frozen == "text":
+            for name, parameter in self.named_parameters():
+                parameter.requires_grad_(name == "logit_scale" or name.startswith("_clip.visual."))
         image = ImageTower(self.architecture, clip)
         if gradient_checkpointing:
             for tower in (text, image):

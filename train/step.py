@@ -103,7 +103,8 @@ def backward(
         assert gradient is not None
         for index, piece in enumerate(pieces[name]):
             output = encode(encoder, piece.values) if cached else outputs[name][index]
-            output.backward(gradient[piece.rows].to(output.dtype))  # type: ignore[no-untyped-call]
+            if output.requires_grad:  # not of a frozen tower
+                output.backward(gradient[piece.rows].to(output.dtype))  # type: ignore[no-untyped-call]
     if model.logit_scale.grad is not None:
         # Every process derived the whole loss by the temperature, and only its own part of it by its features.
         model.logit_scale.grad /= processes.world

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import click
 
 from longclip_rt.system.streams import told_at_best
-from longclip_rt.train.config import PRESETS, ObjectiveName, PcmScope, Positions, Precision
+from longclip_rt.train.config import PRESETS, Frozen, ObjectiveName, PcmScope, Positions, Precision
 
 _POSITIVE = click.IntRange(min=1)
 _ABOVE_0 = click.FloatRange(min=0, min_open=True)
@@ -47,6 +47,7 @@ _ABOVE_0 = click.FloatRange(min=0, min_open=True)
     "tokens.",
 )
 @click.option("--positions", type=click.Choice(get_args(Positions)), help="How 77 text positions become 248.")
+@click.option("--frozen", type=click.Choice(get_args(Frozen)), help="text: train the image tower alone.")
 @click.option("--components", type=_POSITIVE, metavar="K", help="Principal components of PCM. [default: 32]")
 @click.option("--pcm-scope", type=click.Choice(get_args(PcmScope)), help="PCM on a process's rows or on all of them.")
 @click.option("--label-smoothing", type=click.FloatRange(0, 1, max_open=True), metavar="S", help="[default: 0.1]")

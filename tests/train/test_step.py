@@ -145,3 +145,14 @@ def test_bf16_autocast_is_near_fp32(batch: Batch, whole: Gradients, chunk: int |
     for name in ("_second", "_clip.visual.proj", "_clip.token_embedding.weight"):
         similarity = torch.cosine_similarity(found[name].flatten(), exact[name].flatten(), dim=0)
         assert similarity > 0.97, name
+
+
+@pytest.mark.parametrize("chunk", [None, 6])
+def test_a_frozen_text_tower_gets_no_gradients_and_the_rest_the_same(
+    batch: Batch, whole: Gradients, chunk: int | None
+) -> None:
+    model = small_model("kps", logit_scale=math.log(100), frozen="text")
+    losses = backward(model, batch, OBJECTIVE, ALONE, chunk=chunk)
+    trained = {name: one for name, one in whole[0].items() if "visual" in name or "logit_scale" in name}
+    assert 2 < len(trained) < len(whole[0])
+    assert_same((gradients(model), losses.total), (trained, whole[1]))

@@ -92,9 +92,9 @@ def test_options_reach_the_configuration(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(loop, "train", train)
     values: dict[str, Any] = {
         "val": "val.jsonl", "val_rows": 0, "images": "photos", "image_column": "a", "long_column": "b",
-        "short_column": "c", "max_bad": 0.5, "objective": "long", "positions": "interpolate", "components": 3,
-        "pcm_scope": "global", "label_smoothing": 0.0, "logit_scale": 1.5, "max_logit_scale": 4.0, "batch_size": 12,
-        "chunk_size": 6, "epochs": 2, "steps": 9, "lr": 0.5, "weight_decay": 0.0, "warmup_steps": 0,
+        "short_column": "c", "max_bad": 0.5, "objective": "long", "positions": "interpolate", "frozen": "text",
+        "components": 3, "pcm_scope": "global", "label_smoothing": 0.0, "logit_scale": 1.5, "max_logit_scale": 4.0,
+        "batch_size": 12, "chunk_size": 6, "epochs": 2, "steps": 9, "lr": 0.5, "weight_decay": 0.0, "warmup_steps": 0,
         "clip_grad_norm": 2.0, "precision": "bf16", "seed": 7, "workers": 0, "validate_every": 3,
         "checkpoint_every": 4, "keep_checkpoints": 5, "weights": "w.pt", "gradient_checkpointing": True,
         "compile": True,
