@@ -71,7 +71,7 @@ def test_photographs_differ_in_what_the_transform_has_to_do() -> None:
 
 def test_every_photograph_is_captioned_and_the_folder_is_small() -> None:
     assert sorted(photo.name for photo in example_photos()) == sorted(p.name for p in (EXAMPLES / "photos").iterdir())
-    assert sum(file.stat().st_size for file in EXAMPLES.rglob("*") if file.is_file()) < 2_200_000
+    assert sum(file.stat().st_size for file in EXAMPLES.rglob("*") if file.is_file()) < 2_000_000
 
 
 def test_captions_are_as_long_as_promised(measure: Measure) -> None:
