@@ -20,23 +20,34 @@ os.environ["PYTHONFAULTHANDLER"] = "1"
 CHILD_SECONDS = 100
 """What a program that a test starts may take, unless the test says more: less than the test itself may."""
 
-_run = subprocess.run
 
-
-def _bounded_run(*arguments: Any, timeout: float = CHILD_SECONDS, **options: Any) -> subprocess.CompletedProcess[Any]:
+def _bounded_run(
+    *arguments: Any,
+    input: Any = None,
+    capture_output: bool = False,
+    check: bool = False,
+    timeout: float = CHILD_SECONDS,
+    **options: Any,
+) -> subprocess.CompletedProcess[Any]:
     """`subprocess.run`, but a child that hangs ends by SIGABRT, at which Python prints the stacks of its threads."""
-
-    class Child(subprocess.Popen):  # type: ignore[type-arg]
-        def kill(self) -> None:
-            self.send_signal(signal.SIGABRT)
-            if self.stderr is not None:
-                while part := os.read(self.stderr.fileno(), 1 << 16):
-                    sys.stderr.write(part.decode(errors="replace"))
-            super().kill()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subprocess, "Popen", Child)
-        return _run(*arguments, timeout=timeout, **options)
+    if input is not None:
+        options["stdin"] = subprocess.PIPE
+    if capture_output:
+        options["stdout"] = options["stderr"] = subprocess.PIPE
+    with subprocess.Popen(*arguments, **options) as process:
+        try:
+            out, err = process.communicate(input, timeout)
+        except subprocess.TimeoutExpired as expired:
+            process.send_signal(signal.SIGABRT)
+            expired.stdout, expired.stderr = process.communicate(timeout=10)
+            sys.stderr.write(str(expired.stderr))
+            raise
+        except BaseException:
+            process.kill()
+            raise
+    if check and process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, process.args, out, err)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 subprocess.run = _bounded_run

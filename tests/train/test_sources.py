@@ -289,7 +289,7 @@ def test_scenes_are_named_by_count_and_seed() -> None:
         "scenes:5?twins=2",
         "scenes:5?twins=a",
         "scenes:5?x=1",
-        "scenes:5?captions=short",
+        "scenes:5?captions=tall",
         "scenes:-5",
     ],
 )
