@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -27,6 +28,10 @@ _SHARED_LIMITS = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100:
 # Ampere, Ada and desktop Blackwell; Hopper; data centre Blackwell.
 _TENSOR_CORES = re.compile(r"\b(HMMA|HGMMA|UTCHMMA)\b")
 _LOCAL_MEMORY = re.compile(r"\b(STL|LDL)\b")
+
+# Triton parses a kernel's source, and CPython 3.11 counts the depth of all threads' syntax trees in one place: two at once
+# end in "AST constructor recursion depth mismatch".
+_COMPILING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,8 @@ def compile_variant(variant: Variant, arch: int) -> Compiled:
     source = ASTSource(kernel, signature, constants, attributes)
     options = {"num_warps": config.warps, "num_stages": config.stages}
     try:
-        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        with _COMPILING:
+            compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     except Exception as error:  # Triton's errors, ptxas's and LLVM's share no narrower class
         raise KernelError(f"{variant.name} does not compile for sm_{arch}: {error}") from error
     registers, spilled, tensor_cores = _inspected(compiled.asm["cubin"])
@@ -227,7 +233,7 @@ def compile_kernels(
         advance(compiled.name)
         return compiled
 
-    # Half of the time is spent in ptxas and cuobjdump, programs that a second thread can wait for.
+    # Much of the time is spent in cuobjdump, a program that a second thread can wait for.
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(one, jobs))
 

@@ -50,3 +50,30 @@ def test_links_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)", text):
         if "://" not in target:
             assert ((ROOT / page).parent / target).exists(), target
+
+
+def commands_in(text: str) -> list[str]:
+    """What a page tells people to type: after `longclip-rt`, up to the end of the line, the quote or the comment."""
+    text = text.replace("\\\n", " ")
+    return [match[1] for match in re.finditer(r"\blongclip-rt ([a-z][^`\n#<>|;]*)", text)]
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{name}" for name in PAGES)])
+def test_every_command_and_option_that_a_page_names_exists(page: str) -> None:
+    from click import Command, Context, Group
+
+    from longclip_rt.cli import COMMANDS, longclip_rt
+
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for line in commands_in(text):
+        words = line.split()
+        if words[0] not in COMMANDS:
+            assert not re.match(r"longclip-rt [a-z]+ +--", f"longclip-rt {line}"), f"{page}: {line}"
+            continue
+        command: Command | None = longclip_rt.get_command(Context(longclip_rt), words.pop(0))
+        while isinstance(command, Group) and words and words[0] in command.commands:
+            command = command.commands[words.pop(0)]
+        assert command is not None
+        known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        for option in re.findall(r"(?<=\s)--?[a-z][a-z0-9-]*", line):
+            assert option in {*known, "--help", "-h"}, f"{page}: longclip-rt {line} has no {option}"
