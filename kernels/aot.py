@@ -29,8 +29,8 @@ _SHARED_LIMITS = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100:
 _TENSOR_CORES = re.compile(r"\b(HMMA|HGMMA|UTCHMMA)\b")
 _LOCAL_MEMORY = re.compile(r"\b(STL|LDL)\b")
 
-# Triton parses a kernel's source, and CPython 3.11 counts the depth of all threads' syntax trees in one place: two at once
-# end in "AST constructor recursion depth mismatch".
+# Triton parses a kernel's source, and CPython 3.11 counts the depth of all threads' syntax trees in one place: two at
+# once end in "AST constructor recursion depth mismatch".
 _COMPILING = threading.Lock()
 
 
