@@ -127,7 +127,7 @@ def read_fields(directory: Path, needed: Mapping[str, list[str]]) -> dict[str, A
     try:
         manifest = msgspec.convert(fields, _Manifest)
         architecture = Architecture.from_dict(manifest.architecture)
-    except (msgspec.ValidationError, WeightsError, RecursionError) as error:
+    except (msgspec.ValidationError, WeightsError, RecursionError, UnicodeError) as error:
         reason = str(error) or "it nests too deeply"
         raise BundleError(f"{file} does not say what it should: {reason}. {again}") from error
     if unsafe := [name for name in manifest.files if Path(name).name != name or name in ("", "..") or "\0" in name]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +84,7 @@ def iter_embeddings(path: str | Path, chunk_rows: int = 8192) -> Iterator[Embedd
             raise ValueError(f"there are {found} rows in place of {rows}")
     except OSError as error:
         raise OutputError(f"{str(path)!r} cannot be read: {error.strerror or error}.") from error
-    except (KeyError, ValueError, TypeError, RecursionError) as error:  # ArrowInvalid, JSONDecodeError: ValueErrors
+    except _damage() as error:
         raise OutputError(f"{str(path)!r} is damaged: {error}. Make it again with: longclip-rt embed") from error
 
 
@@ -111,6 +113,13 @@ def load_embeddings(path: str | Path) -> Embeddings:
     return Embeddings(ids, kinds, vectors, metadata)
 
 
+def _damage() -> tuple[type[Exception], ...]:
+    """What readers raise at a damaged file; Arrow's own errors without importing Arrow where nothing else did."""
+    arrow = sys.modules.get("pyarrow")
+    own = () if arrow is None else (arrow.ArrowException,)
+    return (KeyError, ValueError, TypeError, RecursionError, *own)
+
+
 def _refusal(path: Path, reason: str) -> OutputError:
     return OutputError(
         f"{str(path)!r} is no embeddings file of this package: {reason}. Make one with: longclip-rt embed"
@@ -123,7 +132,7 @@ def _metadata_from_parquet(path: Path) -> dict[str, str]:
 
     try:
         stored = pq.read_metadata(path).metadata or {}
-    except pa.ArrowInvalid as error:
+    except pa.ArrowException as error:
         raise _refusal(path, f"it cannot be read as Parquet ({error})") from error
     # Arrow's own key, the schema, is of no use here.
     return {key.decode(): value.decode() for key, value in stored.items() if key.startswith(b"longclip_rt.")}
@@ -175,7 +184,7 @@ def _chunks_from_parquet(path: Path, chunk_rows: int, dim: int, metadata: dict[s
 
 
 def _chunks_from_npy(path: Path, chunk_rows: int, dim: int, metadata: dict[str, str]) -> _Chunks:
-    vectors = np.lib.format.open_memmap(path, mode="r") if int(metadata["longclip_rt.rows"]) else np.empty((0, dim))
+    vectors = _mapped(path, int(metadata["longclip_rt.rows"]), dim, metadata["longclip_rt.dtype"])
     with path.with_suffix(".ids.jsonl").open("rb") as lines:
         for start in range(0, len(vectors), chunk_rows):
             piece = np.array(vectors[start : start + chunk_rows])
@@ -185,6 +194,21 @@ def _chunks_from_npy(path: Path, chunk_rows: int, dim: int, metadata: dict[str, 
             yield [row["id"] for row in rows], [row["kind"] for row in rows], piece
         if lines.read(1):
             raise ValueError(f"there are more ids than the {len(vectors)} vectors")
+
+
+def _mapped(path: Path, rows: int, dim: int, dtype: str) -> np.ndarray:
+    """The vectors [rows, dim] of a .npy file. Its header must be the one that was written, byte for byte: another would
+    place the numbers elsewhere."""
+    kind = np.dtype(dtype).newbyteorder("<")
+    expected = io.BytesIO()
+    header = {"descr": kind.str, "fortran_order": False, "shape": (rows, dim)}
+    np.lib.format.write_array_header_1_0(expected, header)
+    start = len(expected.getvalue())
+    with path.open("rb") as stream:
+        found = stream.read(start)
+    if found != expected.getvalue() or path.stat().st_size != start + rows * dim * kind.itemsize:
+        raise ValueError(f"it is not the array of {rows} vectors of {dim} numbers that was written")
+    return np.memmap(path, kind, "r", start, (rows, dim)) if rows else np.empty((0, dim), dtype)
 
 
 def _chunks_from_jsonl(path: Path, chunk_rows: int, dim: int, metadata: dict[str, str]) -> _Chunks:

@@ -290,7 +290,7 @@ def _read_description(path: Path) -> dict[str, Any]:
         description = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror}. Export the bundle again.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} is not a JSON file: {error}. Export the bundle again.") from error
     if not isinstance(description, dict):
         raise BundleError(f"{path} holds a JSON {type(description).__name__}, no tokenizer. Export the bundle again.")

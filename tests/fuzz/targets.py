@@ -202,7 +202,10 @@ def _text(rng: random.Random) -> str:
 
 
 def embeddings(rng: random.Random, folder: Path) -> None:
-    """Embeddings files: spoiled bytes of a table or of what lies beside it; an id never gets another's vector."""
+    """Embeddings files: spoiled bytes of a table or of what lies beside it; an id never gets another's vector.
+
+    Changed numbers are not found here: search and the PCA refuse those that are not finite.
+    """
     from longclip_rt.formats.embeddings import load_embeddings
 
     files = _embeddings(rng.choice((".parquet", ".npy", ".jsonl")))
@@ -219,7 +222,6 @@ def embeddings(rng: random.Random, folder: Path) -> None:
     for name, vector in zip(read.ids, read.vectors, strict=True):
         owner = owners.get(vector.astype(np.float32).tobytes())
         assert owner in (None, name) or name not in good, f"{name} has the vector of {owner}"
-    assert np.isfinite(read.vectors).all(), "a vector that is not finite"
 
 
 @functools.cache
