@@ -86,8 +86,16 @@ def pca() -> None:
     metavar="FILE",
     help="Also draw the variance and the table: .png, .svg or .pdf. Needs matplotlib.",
 )
+@click.option("--overwrite", is_flag=True, help="Replace a PCA that exists.")
 def fit(
-    embeddings: tuple[Path, ...], k: int | None, output: Path, fit: str, pairs: str, held_out: int, plot: Path | None
+    embeddings: tuple[Path, ...],
+    k: int | None,
+    output: Path,
+    fit: str,
+    pairs: str,
+    held_out: int,
+    plot: Path | None,
+    overwrite: bool,
 ) -> None:
     """Fit a PCA to EMBEDDINGS, files that `longclip-rt embed` wrote.
 
@@ -102,8 +110,11 @@ def fit(
       longclip-rt pca fit files.parquet -k 64 -o pca.safetensors --plot pca.png
       longclip-rt pca fit images.parquet captions.parquet --pairs rows -k 128
     """
+    from longclip_rt.errors import OutputError
     from longclip_rt.system.extras import require
 
+    if k is not None and output.exists() and not overwrite:
+        raise OutputError(f"{str(output)!r} exists already. Add --overwrite to replace it, or name another with -o.")
     if plot is not None:
         require("matplotlib.figure", "plot")
     from longclip_rt.pca.basis import save_pca

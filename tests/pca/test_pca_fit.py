@@ -178,6 +178,9 @@ def test_the_command_writes_prints_and_plots(tmp_path: Path) -> None:
     assert "Variance explained by K components: 16: " in small.stdout and "Too few rows" in small.stdout
     for wrong in (["-o", "e.parquet"], ["--plot", "p.txt"], ["-k", "0"]):
         assert CliRunner().invoke(command, ["fit", str(path), *wrong]).exit_code == 2
+    again = CliRunner().invoke(command, ["fit", str(path), "-k", "8", "-o", str(out)])
+    assert isinstance(again.exception, OutputError) and "--overwrite" in str(again.exception)
+    assert CliRunner().invoke(command, ["fit", str(path), "-k", "8", "-o", str(out), "--overwrite"]).exit_code == 0
 
 
 def test_every_kind_of_picture_is_drawn_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
