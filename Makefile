@@ -49,8 +49,9 @@ demo: .venv/.demo-installed
 	$(BIN)/python examples/near_twins.py $(BUILT_IN) --html $(DEMO)/twins.html
 	@echo "Look at $(DEMO)/gallery.html too. The built-in model knows drawn scenes only, and nothing of real photographs."
 
+# Two processes, each with whole files, so that what a file sets up once is made once.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The tests that need an NVIDIA GPU: kernels, training and backends; and the times of the PCA head there. They build
 # engines of the built-in model, or of the bundle that LONGCLIP_RT_TEST_BUNDLE names, where TensorRT is installed.

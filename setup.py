@@ -84,6 +84,7 @@ setup(
             "mypy>=1.15",
             "pytest>=8.0",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "PyYAML>=6.0",
             "regex>=2024.0",
             "ruff>=0.12",
