@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,9 @@ def iter_embeddings(path: str | Path, chunk_rows: int = 8192) -> Iterator[Embedd
             yield Embeddings(ids, kinds, _checked(vectors, len(ids), metadata), metadata)
         if found != rows:
             raise ValueError(f"there are {found} rows in place of {rows}")
-    except OSError as error:
-        raise OutputError(f"{str(path)!r} cannot be read: {error.strerror or error}.") from error
     except _damage() as error:
+        if isinstance(error, OSError) and error.errno is not None:  # Arrow's have none: a page without its checksum
+            raise OutputError(f"{str(path)!r} cannot be read: {error.strerror}.") from error
         raise OutputError(f"{str(path)!r} is damaged: {error}. Make it again with: longclip-rt embed") from error
 
 
@@ -117,7 +118,7 @@ def _damage() -> tuple[type[Exception], ...]:
     """What readers raise at a damaged file; Arrow's own errors without importing Arrow where nothing else did."""
     arrow = sys.modules.get("pyarrow")
     own = () if arrow is None else (arrow.ArrowException,)
-    return (KeyError, ValueError, TypeError, RecursionError, *own)
+    return (OSError, KeyError, ValueError, TypeError, RecursionError, *own)
 
 
 def _refusal(path: Path, reason: str) -> OutputError:
@@ -167,7 +168,7 @@ def _chunks_from_parquet(path: Path, chunk_rows: int, dim: int, metadata: dict[s
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path, pre_buffer=False) as table:
+    with pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True) as table:
         for batch in table.iter_batches(batch_size=chunk_rows, columns=["id", "kind", "embedding"]):
             vectors = batch.column("embedding")
             # flatten() leaves nulls out, and so would shift the rows after one; and not .values: a batch may be a slice
@@ -184,21 +185,40 @@ def _chunks_from_parquet(path: Path, chunk_rows: int, dim: int, metadata: dict[s
 
 
 def _chunks_from_npy(path: Path, chunk_rows: int, dim: int, metadata: dict[str, str]) -> _Chunks:
-    vectors = _mapped(path, int(metadata["longclip_rt.rows"]), dim, metadata["longclip_rt.dtype"])
-    with path.with_suffix(".ids.jsonl").open("rb") as lines:
+    vectors, header = _mapped(path, int(metadata["longclip_rt.rows"]), dim, metadata["longclip_rt.dtype"])
+    ids = path.with_suffix(".ids.jsonl")
+    numbers, words = hashlib.sha256(header), hashlib.sha256()
+    with ids.open("rb") as lines:
         for start in range(0, len(vectors), chunk_rows):
             piece = np.array(vectors[start : start + chunk_rows])
-            rows = [json.loads(line) for line in itertools.islice(lines, len(piece))]
+            numbers.update(piece.data)
+            rows = [json.loads(line) for line in _hashed(itertools.islice(lines, len(piece)), words)]
             if len(rows) != len(piece):
                 raise ValueError(f"there are {start + len(rows)} ids for {len(vectors)} vectors")
             yield [row["id"] for row in rows], [row["kind"] for row in rows], piece
         if lines.read(1):
             raise ValueError(f"there are more ids than the {len(vectors)} vectors")
+    _hold(numbers, metadata, "sha256", path)
+    _hold(words, metadata, "ids_sha256", ids)
 
 
-def _mapped(path: Path, rows: int, dim: int, dtype: str) -> np.ndarray:
-    """The vectors [rows, dim] of a .npy file. Its header must be the one that was written, byte for byte: another would
-    place the numbers elsewhere."""
+def _hashed(lines: Iterable[bytes], digest: Any) -> Iterator[bytes]:
+    """The lines, which join the digest as they pass."""
+    for line in lines:
+        digest.update(line)
+        yield line
+
+
+def _hold(digest: Any, metadata: dict[str, str], name: str, path: Path) -> None:
+    """A file that was read against its hash, which files of older versions do not have."""
+    expected = metadata.get("longclip_rt." + name)
+    if expected is not None and digest.hexdigest() != expected:
+        raise ValueError(f"{path.name!r} was changed after it was written")
+
+
+def _mapped(path: Path, rows: int, dim: int, dtype: str) -> tuple[np.ndarray, bytes]:
+    """The vectors [rows, dim] of a .npy file, and its header, which must be the one that was written, byte for byte:
+    another would place the numbers elsewhere."""
     kind = np.dtype(dtype).newbyteorder("<")
     expected = io.BytesIO()
     header = {"descr": kind.str, "fortran_order": False, "shape": (rows, dim)}
@@ -208,7 +228,7 @@ def _mapped(path: Path, rows: int, dim: int, dtype: str) -> np.ndarray:
         found = stream.read(start)
     if found != expected.getvalue() or path.stat().st_size != start + rows * dim * kind.itemsize:
         raise ValueError(f"it is not the array of {rows} vectors of {dim} numbers that was written")
-    return np.memmap(path, kind, "r", start, (rows, dim)) if rows else np.empty((0, dim), dtype)
+    return np.memmap(path, kind, "r", start, (rows, dim)) if rows else np.empty((0, dim), dtype), found
 
 
 def _chunks_from_jsonl(path: Path, chunk_rows: int, dim: int, metadata: dict[str, str]) -> _Chunks:
@@ -221,11 +241,13 @@ def _chunks_from_jsonl(path: Path, chunk_rows: int, dim: int, metadata: dict[str
             raise ValueError("a row's vector does not hold numbers alone")
         return [row["id"] for row in rows], [row["kind"] for row in rows], vectors.astype(dtype)
 
+    digest = hashlib.sha256()
     with path.open("rb") as lines:
-        for line in lines:
+        for line in _hashed(lines, digest):
             rows.append(json.loads(line))
             if len(rows) == chunk_rows:
                 yield chunk()
                 rows = []
     if rows:
         yield chunk()
+    _hold(digest, metadata, "sha256", path)

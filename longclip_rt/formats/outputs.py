@@ -5,6 +5,7 @@ Equal shards and metadata give equal bytes: nothing here writes a time, a host o
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -129,7 +130,8 @@ def table_from_rows(
 
 
 def _parquet_writer(stream: BinaryIO, columns: Any) -> Any:
-    """A Parquet writer for `columns`; floats are stored plain, since they do not compress and readers can map them."""
+    """A Parquet writer for `columns`; floats are stored plain, since they do not compress and readers can map them.
+    Every page carries its checksum."""
     import pyarrow.parquet as pq
 
     return pq.ParquetWriter(
@@ -138,6 +140,7 @@ def _parquet_writer(stream: BinaryIO, columns: Any) -> Any:
         use_dictionary=["kind"],
         compression={"id": "zstd", "kind": "zstd", "tokens": "zstd", "truncated": "zstd"},
         write_statistics=["kind", "tokens", "truncated"],
+        write_page_checksum=True,
     )
 
 
@@ -172,10 +175,6 @@ def write_output(
         OSError: When the disk refuses.
     """
     stored = {PREFIX + key: value for key, value in metadata.items()}
-    if files.meta is not None:
-        with (folder / files.meta.name).open("wb") as stream:
-            stream.write(json.dumps(stored, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
-            sync_file(stream)
     with (folder / files.main.name).open("wb") as stream:
         if files.main.suffix == ".parquet":
             _write_parquet(stream, tables, dim, dtype, stored)
@@ -188,6 +187,19 @@ def write_output(
                 _write_npy(stream, ids, tables, rows, dim, dtype)
                 sync_file(ids)
         sync_file(stream)
+    if files.meta is None:
+        return
+    stored |= {PREFIX + "sha256": _hash(folder / files.main.name)}
+    if files.ids is not None:
+        stored |= {PREFIX + "ids_sha256": _hash(folder / files.ids.name)}
+    with (folder / files.meta.name).open("wb") as stream:
+        stream.write(json.dumps(stored, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+        sync_file(stream)
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _write_parquet(stream: BinaryIO, tables: Iterable[Any], dim: int, dtype: str, metadata: Mapping[str, str]) -> None:

@@ -60,6 +60,65 @@ def a_row_less(table: pa.Table) -> pa.Table:
     return table.slice(1)
 
 
+def forget_hashes(path: Path) -> None:
+    """Makes the metadata those of an older version, which wrote no hashes."""
+    meta = path.with_suffix(".meta.json")
+    kept = {key: value for key, value in json.loads(meta.read_text()).items() if not key.endswith("sha256")}
+    meta.write_text(json.dumps(kept))
+
+
+def swap_rows(content: bytes) -> bytes:
+    """The last two vectors of an array change places."""
+    size = DIM * 4
+    return content[: -2 * size] + content[-size:] + content[-2 * size : -size]
+
+
+def swap_lines(content: bytes) -> bytes:
+    """The first two lines change places."""
+    first, second, *others = content.splitlines(keepends=True)
+    return b"".join([second, first, *others])
+
+
+def another_digit(content: bytes) -> bytes:
+    """A number of a vector in JSON has another last digit."""
+    place = content.index(b",", content.index(b"embedding") + 13) - 1
+    return content[:place] + (b"3" if content[place : place + 1] != b"3" else b"4") + content[place + 1 :]
+
+
+def another_bit(content: bytes) -> bytes:
+    """A number of a vector in Parquet has another last bit."""
+    place = content.index(correlated(ROWS, DIM)[2].astype("<f4").tobytes())
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "change"),
+    [
+        ("e.npy", "e.npy", swap_rows),
+        ("e.npy", "e.ids.jsonl", swap_lines),
+        ("e.jsonl", "e.jsonl", another_digit),
+        ("e.parquet", "e.parquet", another_bit),
+    ],
+)
+def test_bytes_that_were_changed_are_damage(
+    name: str, file: str, change: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    path = write_embeddings(tmp_path / name, correlated(ROWS, DIM))
+    load_embeddings(path)
+    content = (tmp_path / file).read_bytes()
+    (tmp_path / file).write_bytes(change(content))
+    assert (tmp_path / file).read_bytes() != content
+    with pytest.raises(OutputError, match=r"is damaged: .*(was changed after it was written|CRC)"):
+        load_embeddings(path)
+
+
+def test_files_of_a_version_without_hashes_are_read(tmp_path: Path) -> None:
+    for name in ("e.npy", "e.jsonl"):
+        path = write_embeddings(tmp_path / name, correlated(ROWS, DIM))
+        forget_hashes(path)
+        assert len(load_embeddings(path).ids) == ROWS
+
+
 CHANGES = [null_cell, null_number, other_widths, integer_ids, null_id, no_list, a_row_less]
 
 
@@ -78,6 +137,7 @@ def test_a_changed_field_of_a_json_line_is_damage(field: str, value: object, tmp
     path = write_embeddings(tmp_path / "e.jsonl", correlated(ROWS, DIM))
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[2][field] = value
+    forget_hashes(path)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(OutputError, match="is damaged"):
         load_embeddings(path)
@@ -94,6 +154,7 @@ def test_another_array_is_damage(shape: tuple[int, ...], tmp_path: Path) -> None
 def test_another_number_of_rows_is_damage_to_a_search_too(tmp_path: Path) -> None:
     path = write_embeddings(tmp_path / "e.jsonl", correlated(ROWS, DIM))
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[1:]))
+    forget_hashes(path)
     with pytest.raises(OutputError, match="is damaged: there are 5 rows in place of 6"):
         search(path, np.ones(DIM))
 
