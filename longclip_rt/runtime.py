@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -47,6 +48,8 @@ class Embedder:
         self.pca = pca
         self.pca_mode = pca_mode
         self.tokenizer, self.transform = bundle.tokenizer, bundle.transform
+        self._lock = threading.Lock()
+        self._pool: ThreadPoolExecutor | None = None
         # The kernel gives float32 vectors of the same PCA, within the backend's own error.
         self._fused = pca is not None and pca_mode == "project" and backend.fused_pca == pca.sha256
 
@@ -180,10 +183,9 @@ class Embedder:
             buckets=self.buckets,
         )
         vectors = np.empty((len(encoded), self.dim), np.float32)
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            padded = (pad_tokens([encoded[index].ids for index in batch.indices], batch.length) for batch in batches)
-            for batch, result in zip(batches, pool.map(self.encode_tokens, padded), strict=True):
-                vectors[list(batch.indices)] = result
+        padded = (pad_tokens([encoded[index].ids for index in batch.indices], batch.length) for batch in batches)
+        for batch, result in zip(batches, self._threads().map(self.encode_tokens, padded), strict=True):
+            vectors[list(batch.indices)] = result
         return vectors
 
     def embed_images(self, images: Iterable[str | Path | bytes | Image.Image]) -> Float32:
@@ -207,10 +209,19 @@ class Embedder:
         def embed(group: list[str | Path | bytes | Image.Image]) -> Float32:
             return self.encode_crops(np.stack([self.transform.crop(source) for source in group]))
 
-        # Each thread decodes its own next batch while the others encode, so that only a few batches are held at a time.
-        with ThreadPoolExecutor(self.concurrency + 1) as pool:
-            vectors = list(pool.map(embed, groups))
+        vectors = self._threads().map(embed, groups)
         return np.concatenate([np.empty((0, self.dim), np.float32), *vectors])
+
+    def _threads(self) -> ThreadPoolExecutor:
+        """The threads of `embed_*`, made at its first call: as many as make best use of the backend, and one more.
+
+        Each prepares its own next batch while the others encode, so that only a few batches are held at a time.
+        """
+        self.backend.check_process()  # a fork has the pool without its threads
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self.concurrency + 1, "longclip-embed")
+            return self._pool
 
     def describe(self) -> dict[str, str]:
         """What made the vectors, for the metadata of an output: bundle, model, backend, precision, any PCA."""
@@ -227,7 +238,11 @@ class Embedder:
         }
 
     def close(self) -> None:
-        """Lets go of the encoders' memory. Closing twice is fine."""
+        """Lets go of the encoders' memory and of the threads. Closing twice is fine."""
+        with self._lock:
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown()
         self.backend.close()
 
     def __enter__(self) -> Embedder:

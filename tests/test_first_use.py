@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 from longclip_rt.bundle.bundle import BUILT_IN, load_bundle
 from longclip_rt.errors import BackendError
 from longclip_rt.opening import open_backend
+from longclip_rt.runtime import Embedder
 
 MODEL = BUILT_IN
 
@@ -60,20 +62,26 @@ def test_threads_that_meet_before_their_first_call_all_return(backend: str, coun
         assert out == "done\n", err
 
 
-def child(backend: object, answer: object) -> None:
+def child(call: Callable[[], object], answer: object) -> None:
     try:
-        backend.run("text", np.ones((1, 3), np.int32))  # type: ignore[attr-defined]
+        call()
         answer.put("ran")  # type: ignore[attr-defined]
     except BackendError as error:
         answer.put(str(error))  # type: ignore[attr-defined]
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_fork_of_the_process_says_so_instead_of_hanging() -> None:
-    backend = open_backend(load_bundle(MODEL), "onnxruntime", "fp32")
+@pytest.mark.parametrize("call", ["run", "embed_texts"])
+def test_a_fork_of_the_process_says_so_instead_of_hanging(call: str) -> None:
+    embedder = Embedder(load_bundle(MODEL), open_backend(load_bundle(MODEL), "onnxruntime", "fp32"))
+    embedder.embed_texts(["its threads are made"])
+    calls = {
+        "run": lambda: embedder.backend.run("text", np.ones((1, 3), np.int32)),
+        "embed_texts": lambda: embedder.embed_texts(["they are not in the fork"]),
+    }
     context = multiprocessing.get_context("fork")
     answer = context.SimpleQueue()
-    process = context.Process(target=child, args=(backend, answer))
+    process = context.Process(target=child, args=(calls[call], answer))
     process.start()
     process.join(20)
     assert not process.is_alive() and "is a fork" in (said := answer.get()) and "spawn or forkserver" in said

@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import pickle
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,6 +85,20 @@ def test_the_default_bundle_is_named_and_untrained_weights_are_said(
     with caplog.at_level(logging.INFO, "longclip_rt"):
         assert Embedder.from_bundle().describe()["trained"] == "false"
     assert "UNTRAINED" in caplog.text
+
+
+def test_one_pool_of_threads_serves_all_calls(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[threading.Thread] = set()
+    encode = embedder.encode_tokens
+
+    def noted(ids: np.ndarray) -> np.ndarray:
+        seen.add(threading.current_thread())
+        return encode(ids)
+
+    monkeypatch.setattr(embedder, "encode_tokens", noted)
+    for call in range(4 * (embedder.concurrency + 1)):
+        embedder.embed_texts([f"call {call}"])
+    assert 1 <= len(seen) <= embedder.concurrency + 1
 
 
 def test_use_after_leaving_a_with_block_is_possible_again(tiny_bundle: Path) -> None:

@@ -112,12 +112,7 @@ class Backend(ABC):
                 f"Export it again with --output-name {unknown[0]}."
             )
         self._check_inputs(tower, inputs)
-        if self._process != os.getpid():
-            raise BackendError(
-                f"This {self.name} backend was opened by process {self._process}, of which this one is a fork: its "
-                "threads are not here, and it would hang. Start processes with multiprocessing's spawn or forkserver, "
-                "and open the bundle in each."
-            )
+        self.check_process()
         if tower not in self._used:
             with self._alone:  # whatever a library does at the first inference of a model, one thread does it
                 if tower not in self._used:
@@ -125,6 +120,19 @@ class Backend(ABC):
                     self._used.add(tower)
                     return results
         return self._run(tower, inputs, names)
+
+    def check_process(self) -> None:
+        """Makes sure that this process opened the backend.
+
+        Raises:
+            BackendError: It is a fork of the one that did.
+        """
+        if self._process != os.getpid():
+            raise BackendError(
+                f"This {self.name} backend was opened by process {self._process}, of which this one is a fork: its "
+                "threads are not here, and it would hang. Start processes with multiprocessing's spawn or forkserver, "
+                "and open the bundle in each."
+            )
 
     def _check_inputs(self, tower: str, inputs: NDArray[np.generic]) -> None:
         if not isinstance(inputs, np.ndarray):
