@@ -7,10 +7,9 @@ vocabulary. "repaired": the same with an accent, curly quotes and an HTML entity
 ftfy on our side too. "unseen": ten random words a text, other ones in every round, so that nothing is remembered.
 
 "ours" is `Tokenizer.encode`, in one thread and with the texts shared out over threads. "embed" is what `embed` does
-with the texts of a list: tasks of 64 in so many workers, and with more than one worker the repairs in as many
-processes, which have been started. All sides start with empty caches and warm them in a round that is not counted; all
-ways take turns. The ids are compared first. The reference's conversion to a tensor is left out. Writes
-results/tokenizer.csv.
+with the texts of a list: tasks of 64 in so many workers. All sides start with empty caches and warm them in a round
+that is not counted; all ways take turns. The ids are compared first. The reference's conversion to a tensor is left
+out. Writes results/tokenizer.csv.
 """
 
 from __future__ import annotations
@@ -33,7 +32,6 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 from common import median_ratio, rates_in_turns, save_table
 from open_clip.tokenizer import SimpleTokenizer
 
-from longclip_rt.embedding.cleaners import Cleaners
 from longclip_rt.embedding.flow import TEXTS_PER_TASK
 from longclip_rt.embedding.inputs.entries import Entry
 from longclip_rt.embedding.tasks import tokenize
@@ -79,14 +77,13 @@ class Embedding:
 
     def __init__(self, tokenizer: Tokenizer, workers: int, stack: contextlib.ExitStack) -> None:
         self._pool = stack.enter_context(ThreadPoolExecutor(workers))
-        self._cleaners = stack.enter_context(contextlib.closing(Cleaners(workers, start_after=0.0)))
         self._tokenizer = tokenizer
 
     def __call__(self, texts: Sequence[str]) -> None:
         """Tokenizes."""
         entries = [Entry(line, text, "text", inline=True) for line, text in enumerate(texts)]
         parts = [entries[start : start + TEXTS_PER_TASK] for start in range(0, len(entries), TEXTS_PER_TASK)]
-        list(self._pool.map(partial(tokenize, self._tokenizer, self._cleaners), parts))
+        list(self._pool.map(partial(tokenize, self._tokenizer), parts))
 
 
 def measured(corpus: str, turns: list[list[str]], bundle_file: Path, threads: int) -> list[dict[str, object]]:

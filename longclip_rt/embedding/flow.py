@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from longclip_rt.backends.batching import plan_batches
-from longclip_rt.embedding.cleaners import Cleaners
 from longclip_rt.embedding.inputs.entries import Entry
 from longclip_rt.embedding.tasks import Encoder, crop, encode_images, encode_texts, tokenize
 from longclip_rt.errors import BackendError, InputError
@@ -40,7 +39,7 @@ class FlowOptions:
     """How entries become vectors.
 
     Attributes:
-        workers: Threads that decode and tokenize, and processes at most that clean texts for them.
+        workers: Threads that decode and tokenize.
         truncate: Whether texts longer than the context are cut; else they are rejects.
         dtype: "float32" or "float16", of the vectors kept.
         batch_size: Most inputs in a batch; None: the encoder's, and more for short texts.
@@ -121,7 +120,6 @@ class Flow:
         self._running = 0
         # Encoding has threads of its own: a batch that is ready must not queue behind a hundred decodings.
         self._workers = ThreadPoolExecutor(options.workers, "longclip-worker")
-        self._cleaners = Cleaners(options.workers)
         self._encoders = ThreadPoolExecutor(encoder.concurrency, "longclip-encoder")
 
     def run(self, shards: Iterable[tuple[int, Sequence[Entry]]]) -> Generator[EmbeddedShard, None, None]:
@@ -146,12 +144,9 @@ class Flow:
         finally:
             for pool in (self._workers, self._encoders):
                 pool.shutdown(wait=False, cancel_futures=True)
-            try:
-                # What already runs cannot be stopped, and must not outlive the caller's files and encoder.
-                for pool in (self._workers, self._encoders):
-                    pool.shutdown(wait=True)
-            finally:
-                self._cleaners.close()
+            # What already runs cannot be stopped, and must not outlive the caller's files and encoder.
+            for pool in (self._workers, self._encoders):
+                pool.shutdown(wait=True)
 
     def _start_tasks(self, source: Iterator[tuple[int, Sequence[Entry]]]) -> None:
         """Gives the workers all that may be begun now, and opens further shards when everything open has begun."""
@@ -205,7 +200,7 @@ class Flow:
 
     def _start_chunk(self, chunk: _Chunk) -> None:
         entries = [chunk.shard.entries[position] for position in chunk.positions]
-        task = partial(tokenize, self._encoder.tokenizer, self._cleaners, entries)
+        task = partial(tokenize, self._encoder.tokenizer, entries)
         self._submit(self._workers, partial(self._tokenized, chunk), task)
 
     def _tokenized(self, chunk: _Chunk, results: list[Tokens | InputError]) -> None:

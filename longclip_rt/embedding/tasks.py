@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from longclip_rt.embedding.inputs.content import locate, read_text
 from longclip_rt.embedding.inputs.entries import Entry
 from longclip_rt.errors import InputError
+from longclip_rt.model.cleaning import needs_repair, repair_text
 from longclip_rt.model.tokenizer import pad_tokens
 
 if TYPE_CHECKING:
-    from longclip_rt.embedding.cleaners import Cleaners
     from longclip_rt.model.preprocess import ImageTransform
     from longclip_rt.model.tokenizer import Tokenizer, Tokens
-
-_Result = TypeVar("_Result")
 
 
 class Encoder(Protocol):
@@ -73,25 +71,19 @@ def crop(transform: ImageTransform, entry: Entry) -> np.ndarray | InputError:
         return error
 
 
-def tokenize(tokenizer: Tokenizer, cleaners: Cleaners, entries: Sequence[Entry]) -> list[Tokens | InputError]:
+def tokenize(tokenizer: Tokenizer, entries: Sequence[Entry]) -> list[Tokens | InputError]:
     """The tokens of each text, or why there are none."""
-    texts = [_read(entry) for entry in entries]
-    return _for_texts(tokenizer.encode_cleaned, _for_texts(cleaners.clean, texts))
+    texts = [_cleaned(entry) for entry in entries]
+    tokens = iter(tokenizer.encode_cleaned([text for text in texts if isinstance(text, str)]))
+    return [next(tokens) if isinstance(text, str) else text for text in texts]
 
 
-def _read(entry: Entry) -> str | InputError:
+def _cleaned(entry: Entry) -> str | InputError:
     try:
-        return read_text(entry)
+        text = read_text(entry)
+        return repair_text(text) if needs_repair(text) else text
     except InputError as error:
         return error
-
-
-def _for_texts(
-    function: Callable[[list[str]], Sequence[_Result]], items: Sequence[str | InputError]
-) -> list[_Result | InputError]:
-    """Puts in place of each text what `function` gives for it; errors stay."""
-    results = iter(function([item for item in items if isinstance(item, str)]))
-    return [next(results) if isinstance(item, str) else item for item in items]
 
 
 def encode_texts(encoder: Encoder, ids: Sequence[np.ndarray], length: int) -> np.ndarray:

@@ -1,8 +1,7 @@
 """Cleaning of texts as `open_clip.tokenizer.SimpleTokenizer` does it, before they are cut into tokens.
 
 That is ftfy, HTML entities decoded twice, white space collapsed and lower case. Plain text, which is most text, needs
-only the last two, and those the tokenizer leaves to Arrow. The rest is pure Python, which holds the interpreter's lock:
-`longclip_rt.embedding.cleaners` does it in processes of its own, which is why this module imports little.
+only the last two, and those the tokenizer leaves to Arrow.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import errno
+import html
 from pathlib import Path
 
+import ftfy
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -10,6 +12,7 @@ from embed_case import Stop, embed, make_inputs, rejects
 from fake_embedder import FakeEmbedder, FakeTransform
 from PIL import Image
 
+from longclip_rt.embedding import flow
 from longclip_rt.embedding.inputs.entries import Entry
 from longclip_rt.embedding.pipeline import EmbedOptions, plan_embedding, shards_from_entries
 from longclip_rt.errors import BackendError, InputError, OutputError
@@ -127,6 +130,19 @@ def test_text_batches_are_trimmed_and_alike():
     assert {length for _, length in shapes} == {4, 8, 12, 16}
     assert len(shapes) <= 8
     assert all(size <= 16 and size * length <= 4 * 16 for size, length in shapes)
+
+
+def test_texts_are_repaired_by_any_number_of_workers(monkeypatch):
+    monkeypatch.setattr(flow, "TEXTS_PER_TASK", 7)
+    lines = [f"Caf\u00e9 {index} \u00c3\u00a9 &amp; \u201cso on\u201d {'word ' * (index % 20)}" for index in range(100)]
+    plain = [" ".join(html.unescape(ftfy.fix_text(line)).split()).lower() for line in lines]
+    assert plain[3] == 'caf\u00e9 3 \u00e9 & "so on" word word word'
+    for name, texts, workers in (("one", lines, 1), ("many", lines, 5), ("plain", plain, 1)):
+        Path(f"{name}.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
+        assert embed(f"{name}.parquet", sources=[f"{name}.txt"], texts=True, workers=workers).totals.rows == 100
+    vectors = [load_embeddings(f"{name}.parquet").vectors for name in ("one", "many", "plain")]
+    np.testing.assert_array_equal(vectors[0], vectors[1])
+    np.testing.assert_array_equal(vectors[0], vectors[2])
 
 
 def test_the_number_of_workers_changes_nothing():
