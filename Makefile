@@ -54,10 +54,16 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The tests that need an NVIDIA GPU: kernels, training and backends; and the times of the PCA head there. They build
-# engines of the built-in model, or of the bundle that LONGCLIP_RT_TEST_BUNDLE names, where TensorRT is installed.
-test-gpu: .venv/.dev-installed
-	LONGCLIP_RT_TEST_GPU=1 $(BIN)/python -m pytest -m gpu tests/kernels tests/train tests/engines/test_on_gpu.py
-	$(BIN)/python benchmarks/pca_head.py
+# engines of the built-in model, or of the bundle that LONGCLIP_RT_TEST_BUNDLE names, where TensorRT is installed. In an
+# environment of their own, for ONNX Runtime's packages for CPUs and for GPUs cannot share one.
+test-gpu: .venv-gpu/.installed
+	LONGCLIP_RT_TEST_GPU=1 .venv-gpu/bin/python -m pytest -m gpu tests/kernels tests/train tests/engines/test_on_gpu.py
+	.venv-gpu/bin/python benchmarks/pca_head.py
+
+.venv-gpu/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/pip install --quiet $(CONSTRAINTS) -e ".[gpu,test]"
+	touch $@
 
 # Spoiled files of every kind, drawn at random for FUZZ_SECONDS; the counts go into docs/robustness.md. What is found
 # lies in fuzz-findings/, and its seed in tests/fuzz/seeds.txt, which the next run and make test try again.

@@ -28,6 +28,21 @@ TRAIN = [
     "webdataset>=0.2.100",
 ]
 
+# What the tests need beside the package; not ONNX Runtime, of which there is one for CPUs and one for GPUs.
+TEST = [
+    *TRAIN,
+    *RTX,
+    "hypothesis>=6.100",
+    "pytest>=8.0",
+    "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
+    "PyYAML>=6.0",
+    "regex>=2024.0",
+    "scikit-learn>=1.4",
+    "torchvision>=0.24",
+    "transformers>=5.0",
+]
+
 setup(
     name="longclip-rt",
     version=version[1],
@@ -71,26 +86,17 @@ setup(
         "export": EXPORT,
         "train": TRAIN,
         "plot": ["matplotlib>=3.8"],
+        "test": TEST,
         "dev": [
-            *TRAIN,
-            *RTX,
+            *TEST,
             "onnxruntime>=1.31",
             # cuda.core imports without a GPU; beside torch the bindings are there already.
             "cuda-core>=1.2",
             "cuda-bindings>=13; platform_system == 'Linux'",
             # TensorRT's Python bindings without TensorRT, which the code's calls are checked against.
             f"tensorrt_cu13_bindings==11.4.0.106; {LINUX}",
-            "hypothesis>=6.100",
             "mypy>=1.15",
-            "pytest>=8.0",
-            "pytest-timeout>=2.3",
-            "pytest-xdist>=3.6",
-            "PyYAML>=6.0",
-            "regex>=2024.0",
             "ruff>=0.12",
-            "scikit-learn>=1.4",
-            "torchvision>=0.24",
-            "transformers>=5.0",
         ],
     },
     entry_points={"console_scripts": ["longclip-rt=longclip_rt.cli:main"]},
