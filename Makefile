@@ -37,6 +37,7 @@ test-latest:
 	$(PYTHON) -m venv .venv-latest
 	.venv-latest/bin/pip install --quiet --upgrade pip
 	.venv-latest/bin/pip install --quiet --upgrade -e ".[dev]"
+	touch .venv-latest/.made && touch .venv-latest/.demo-installed  # for the test of the quick start, which runs make
 	.venv-latest/bin/python -m pytest -n 2 --dist loadfile
 
 # The built-in model on drawn scenes that it never saw, beside real photographs, of which it knows nothing; and pictures that differ in one detail.
