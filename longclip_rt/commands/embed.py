@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from longclip_rt.commands.options import gpu_numbers, runs_the_model, takes_a_pca
+from longclip_rt.commands.options import SectionedCommand, gpu_numbers, runs_the_model, takes_a_pca
 from longclip_rt.system.streams import told_at_best
 
 if TYPE_CHECKING:
@@ -73,7 +73,15 @@ class _Bar:
             self._bar.update(entries)
 
 
-@click.command()
+_SECTIONS = {
+    "Input": ("texts", "column", "truncate", "max_stream"),
+    "Output": ("output", "dtype", "pca", "pca_mode", "overwrite", "allow_rejects"),
+    "Model and machine": ("bundle", "backend", "precision", "devices", "batch_size", "workers"),
+    "Begun work": ("restart", "shard_size"),
+}
+
+
+@click.command(cls=SectionedCommand, sections=_SECTIONS)
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @click.option(
     "-o",

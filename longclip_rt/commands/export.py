@@ -9,6 +9,7 @@ import click
 
 from longclip_rt.choices import LIBRARIES, PCA_MODES
 from longclip_rt.commands.engine_options import build_command, builds_engines, built_with_a_bar, given_flags
+from longclip_rt.commands.options import SectionedCommand
 from longclip_rt.system.streams import told_at_best
 
 if TYPE_CHECKING:
@@ -20,7 +21,13 @@ FP16_MAX = 65504.0
 DEFAULT_WEIGHTS = "BeichenZhang/LongCLIP-B"
 
 
-@click.command()
+_SECTIONS = {
+    "Bundle": ("weights", "out", "fp16", "outputs", "activation", "pca", "pca_mode"),
+    "Engines": ("engine", "archs", "text_buckets", "batches", "optimization_level", "pca_in_engine"),
+}
+
+
+@click.command(cls=SectionedCommand, sections=_SECTIONS)
 @click.option(
     "--weights",
     default=DEFAULT_WEIGHTS,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import click
@@ -11,6 +11,28 @@ import click
 from longclip_rt.choices import BACKENDS, EVERY, PCA_MODES, PRECISIONS
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class SectionedCommand(click.Command):
+    """A command whose help lists its options in sections.
+
+    Args:
+        sections: Title -> names of parameters; what none names comes last.
+    """
+
+    def __init__(self, *arguments: Any, sections: Mapping[str, Sequence[str]], **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.sections = sections
+
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the options."""
+        records = {option.name: option.get_help_record(context) for option in self.get_params(context)}
+        rows = {name: record for name, record in records.items() if record is not None}
+        for title, names in self.sections.items():
+            with formatter.section(title):
+                formatter.write_dl([rows.pop(name) for name in names])
+        with formatter.section("Other options"):
+            formatter.write_dl(list(rows.values()))
 
 
 def gpu_numbers(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:

@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import click
 
+from longclip_rt.commands.options import SectionedCommand
 from longclip_rt.system.streams import told_at_best
 from longclip_rt.train.config import PRESETS, Frozen, ObjectiveName, PcmScope, Positions, Precision
 
@@ -14,7 +15,22 @@ _POSITIVE = click.IntRange(min=1)
 _ABOVE_0 = click.FloatRange(min=0, min_open=True)
 
 
-@click.command()
+_SECTIONS = {
+    "Run": ("preset", "weights", "out", "resume", "device", "workers", "seed"),
+    "Data": ("data", "images", "image_column", "long_column", "short_column", "val", "val_rows", "max_bad"),
+    "Objective": (
+        *("objective", "positions", "frozen", "components", "pcm_scope"),
+        *("label_smoothing", "logit_scale", "max_logit_scale"),
+    ),
+    "Optimisation": (
+        *("batch_size", "chunk_size", "epochs", "steps", "lr", "weight_decay", "warmup_steps", "clip_grad_norm"),
+        *("precision", "gradient_checkpointing", "compile"),
+    ),
+    "Validation and checkpoints": ("validate_every", "checkpoint_every", "keep_checkpoints"),
+}
+
+
+@click.command(cls=SectionedCommand, sections=_SECTIONS)
 @click.option(
     "--data",
     required=True,
