@@ -53,12 +53,12 @@ PHASES = (
     Phase(
         "kinds",
         "tiny",
-        "scenes:1000000@0?things=1&alike=8&captions=short&prompts=1",
+        "scenes:1000000@4?things=1&alike=8&captions=short&prompts=1",
         800,
         {"frozen": "text", "logit_scale": 4.6, "warmup_steps": 50},
     ),
-    Phase("clip", "tiny", "scenes:1000000@1?things=1-7&alike=4&captions=prefix&prompts=0.25", 1800),
-    Phase("long", "tiny-long", "scenes:1000000@2?things=4-9&twins=0.5&prompts=0.25", 600),
+    Phase("clip", "tiny", "scenes:1000000@1?things=1-7&alike=4&captions=prefix&prompts=0.25", 1500),
+    Phase("long", "tiny-long", "scenes:1000000@2?things=4-9&twins=0.5&prompts=0.25", 500),
 )
 
 
@@ -66,7 +66,7 @@ def config_of(place: int, out: Path, workers: int | None) -> TrainConfig:
     """The run of a phase."""
     phase = PHASES[place]
     weights = str(out / PHASES[place - 1].name / WEIGHTS) if place else None
-    changes = {"validate_every": 300, "checkpoint_every": 100} | phase.changes
+    changes = {"validate_every": 1000, "val_rows": 64, "checkpoint_every": 50} | phase.changes
     return preset_config(phase.preset, phase.data, weights=weights, workers=workers, steps=phase.steps, **changes)
 
 
