@@ -57,8 +57,8 @@ PHASES = (
         800,
         {"frozen": "text", "logit_scale": 4.6, "warmup_steps": 50},
     ),
-    Phase("clip", "tiny", "scenes:1000000@1?things=1-7&alike=4&captions=prefix&prompts=0.25", 1500),
-    Phase("long", "tiny-long", "scenes:1000000@2?things=4-9&twins=0.5&prompts=0.25", 500),
+    Phase("clip", "tiny", "scenes:1000000@1?things=1-7&alike=4&captions=prefix&prompts=0.25", 3000),
+    Phase("long", "tiny-long", "scenes:1000000@2?things=4-9&twins=0.5&prompts=0.25", 1000),
 )
 
 

@@ -11,7 +11,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from longclip_rt.backends.base import Backend, Float32
 from longclip_rt.backends.batching import plan_batches
@@ -25,6 +24,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 logger = logging.getLogger("longclip_rt")
+
+_HOST = 1  # DLPack's number of host memory
 
 
 class Embedder:
@@ -131,20 +132,28 @@ class Embedder:
         """The lengths that text batches are padded to; empty where `pad_multiple` says it."""
         return self.backend.buckets
 
-    def encode_tokens(self, ids: NDArray[np.int32]) -> Float32:
-        """Encodes one batch of padded token ids [B, S] int32 to L2-normalised vectors [B, D] float32."""
+    def encode_tokens(self, ids: Any) -> Any:
+        """Encodes one batch of padded token ids [B, S] int32 to L2-normalised vectors [B, D] float32.
+
+        What lies on a GPU and comes through DLPack (PyTorch, CuPy) stays there: see `Backend.run_on_device`.
+        """
         return self._encoded("text", ids)
 
-    def encode_crops(self, crops: NDArray[np.uint8]) -> Float32:
-        """Encodes one batch of cropped images [B, n, n, 3] uint8 RGB to L2-normalised vectors [B, D] float32."""
-        return self._encoded("image", self.transform.normalize(crops))
+    def encode_crops(self, crops: Any) -> Any:
+        """Encodes one batch of cropped images [B, n, n, 3] uint8 RGB, likewise."""
+        return self._encoded("image", crops)
 
-    def _encoded(self, kind: str, inputs: NDArray[Any]) -> Float32:
-        if self.pca is None:
-            return self.backend.run(kind, inputs)[0]
-        if self._fused:
-            return self.backend.run(kind, inputs, [f"{kind}_pca"])[0]
-        return self.pca.apply(self.backend.run(kind, inputs)[0], kind, self.pca_mode)
+    def _encoded(self, kind: str, given: Any) -> Any:
+        outputs = [f"{kind}_pca"] if self._fused else None
+        if not isinstance(given, np.ndarray) and hasattr(given, "__dlpack_device__"):
+            if int(given.__dlpack_device__()[0]) != _HOST:
+                if self.pca is not None and not self._fused:
+                    raise InputError("This PCA is computed in host memory; take tensors to it with .cpu().numpy().")
+                return self.backend.run_on_device(kind, given, outputs)[0]
+            given = np.from_dlpack(given)
+        inputs = given if kind == "text" else self.backend.images(given)
+        vectors = self.backend.run(kind, inputs, outputs)[0]
+        return vectors if self.pca is None or self._fused else self.pca.apply(vectors, kind, self.pca_mode)
 
     def embed_texts(self, texts: Sequence[str], *, truncate: bool = True) -> Float32:
         """Embeds texts.
@@ -207,7 +216,8 @@ class Embedder:
         groups = [sources[start : start + self.batch_size] for start in range(0, len(sources), self.batch_size)]
 
         def embed(group: list[str | Path | bytes | Image.Image]) -> Float32:
-            return self.encode_crops(np.stack([self.transform.crop(source) for source in group]))
+            vectors: Float32 = self.encode_crops(np.stack([self.transform.crop(source) for source in group]))
+            return vectors
 
         vectors = self._threads().map(embed, groups)
         return np.concatenate([np.empty((0, self.dim), np.float32), *vectors])

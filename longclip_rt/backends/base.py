@@ -6,7 +6,7 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,9 +39,11 @@ class Backend(ABC):
         concurrency: How many calls at a time make best use of the machine.
         batch_size: Images in a batch, a good default.
         pad_multiple: Text batches are padded to a multiple of this many tokens.
+        takes_crops: Whether the image tower takes crops too, and normalises them where it runs.
     """
 
     name: str
+    takes_crops: bool = False
     batch_size: int = 8
     pad_multiple: int = 8
     concurrency: int = 1
@@ -94,7 +96,7 @@ class Backend(ABC):
 
         Args:
             tower: `text` or `image`.
-            inputs: Token ids [B, S] int32, 1 <= S <= the context length; or normalised pixels [B, 3, H, W] float32.
+            inputs: Token ids [B, S] int32, 1 <= S <= the context length; or what `images` gave.
             outputs: Names out of `bundle.outputs(tower)`; None for the embedding alone.
 
         Returns:
@@ -120,6 +122,28 @@ class Backend(ABC):
                     self._used.add(tower)
                     return results
         return self._run(tower, inputs, names)
+
+    def images(self, crops: NDArray[np.uint8]) -> NDArray[np.generic]:
+        """What `run` takes for cropped images [B, H, W, 3] uint8.
+
+        Returns:
+            The crops themselves where `takes_crops`, else normalised pixels [B, 3, H, W] float32.
+
+        Raises:
+            InputError: Another shape or dtype.
+        """
+        return crops if self.takes_crops else self.bundle.transform.normalize(crops)
+
+    def run_on_device(self, tower: str, inputs: object, outputs: Sequence[str] | None = None) -> list[Any]:
+        """Runs one tower on what lies on a GPU, and leaves the outputs there.
+
+        Raises:
+            BackendError: This backend cannot.
+        """
+        raise BackendError(
+            f"The {self.name} backend on {self.device} takes numpy arrays. Tensors on a GPU are taken by "
+            f"--backend torch on that GPU; got {type(inputs).__name__}."
+        )
 
     def check_process(self) -> None:
         """Makes sure that this process opened the backend.
@@ -150,6 +174,9 @@ class Backend(ABC):
                     f"Token ids must be from 0 to {architecture.vocab_size - 1}, the model's vocabulary; got {least} "
                     f"to {most}. Tokenize with the bundle's own tokenizer."
                 )
+        elif self.takes_crops and inputs.dtype == np.uint8:
+            if len(shape) != 4 or not shape[0] or shape[1:] != (size, size, 3):
+                raise BackendError(f"Crops must be [batch, {size}, {size}, 3], batch at least 1; got {list(shape)}.")
         elif len(shape) != 4 or not shape[0] or shape[1:] != (3, size, size):
             raise BackendError(f"Pixels must be [batch, 3, {size}, {size}], batch at least 1; got {list(shape)}.")
 
