@@ -201,11 +201,11 @@ def test_auto_takes_torch_where_nothing_else_runs_on_the_gpu(tiny_bundle: Path) 
     opened.close()
 
 
-def test_onnx_runtime_passes_the_whole_gate() -> None:
+def test_onnx_runtime_passes_the_whole_gate(tiny_bundle: Path) -> None:
     from longclip_rt.export.device_gate import device_checks
 
     needs("onnxruntime-cuda")
-    path = Path(os.environ.get("LONGCLIP_RT_TEST_BUNDLE", MODEL))
+    path = Path(os.environ.get("LONGCLIP_RT_TEST_BUNDLE", tiny_bundle))
     checks = device_checks(path, "onnxruntime-cuda")
     assert checks and not [check for check in checks if not check.passed]
 
