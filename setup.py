@@ -28,10 +28,14 @@ TRAIN = [
     "webdataset>=0.2.100",
 ]
 
+# Libraries that a bundle can be put into, each with the extra of its name.
+SENTENCE_TRANSFORMERS = ["sentence-transformers>=6.0", "torch>=2.9"]
+
 # What the tests need beside the package; not ONNX Runtime, of which there is one for CPUs and one for GPUs.
 TEST = [
     *TRAIN,
     *RTX,
+    *SENTENCE_TRANSFORMERS,
     "hypothesis>=6.100",
     "pytest>=8.0",
     "pytest-timeout>=2.3",
@@ -85,6 +89,7 @@ setup(
         "rtx": RTX,
         "export": EXPORT,
         "train": TRAIN,
+        "sentence-transformers": SENTENCE_TRANSFORMERS,
         "plot": ["matplotlib>=3.8"],
         "test": TEST,
         "dev": [

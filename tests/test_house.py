@@ -15,7 +15,7 @@ FLOORS = (
     {"__main__"},
     {"cli"},
     {"commands"},
-    {"train"},
+    {"train", "integrations"},
     {"embedding", "search"},
     {"export"},
     {"runtime"},
