@@ -77,6 +77,8 @@ class Places(NamedTuple):
     """int [Q]: the row of that target; of no meaning where there is none."""
     rival: NDArray[np.intp]
     """int [Q]: the row of the nearest target of others; of no meaning where there is none."""
+    theirs: Array
+    """[Q]: the cosine similarity of that one; not finite where there is none."""
 
     def hits(self, k: int) -> NDArray[np.float64]:
         """Whether the best own target is among the k nearest, float64 [Q]; a tie gives the share that chance would."""
@@ -99,7 +101,7 @@ def places(queries: ArrayLike, targets: ArrayLike, own: ArrayLike, of: ArrayLike
     left, right = _normalised(queries), _normalised(targets)
     own, of = np.asarray(own), np.asarray(of)
     above, tied, mine_at, rival_at = (np.zeros(len(left), np.intp) for _ in range(4))
-    best = np.zeros(len(left), right.dtype)
+    best, theirs = np.zeros((2, len(left)), right.dtype)
     rows = max(1, _BLOCK // len(right))
     for start in range(0, len(left), rows):
         part = slice(start, start + rows)
@@ -110,10 +112,10 @@ def places(queries: ArrayLike, targets: ArrayLike, own: ArrayLike, of: ArrayLike
         mine_at[part], nearest = kept.argmax(axis=1), kept.max(axis=1)
         best[part] = nearest
         block[mine] = -np.inf  # a query's own targets do not compete with each other
-        rival_at[part] = block.argmax(axis=1)
+        rival_at[part], theirs[part] = block.argmax(axis=1), block.max(axis=1)
         above[part] = np.count_nonzero(block > (nearest + TIE)[:, None], axis=1)
         tied[part] = np.count_nonzero(block >= (nearest - TIE)[:, None], axis=1) - above[part]
-    return Places(above, tied, best, mine_at, rival_at)
+    return Places(above, tied, best, mine_at, rival_at, theirs)
 
 
 def recall(
