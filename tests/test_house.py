@@ -15,6 +15,7 @@ FLOORS = (
     {"__main__"},
     {"cli"},
     {"commands"},
+    {"evaluation"},
     {"train", "integrations"},
     {"embedding", "search"},
     {"export"},

@@ -150,6 +150,10 @@ class Scenes:
         """Scenes to validate on, none of which any training run sees; without twins, whose short captions are equal."""
         return replace(self, count=count, seed=self.seed + _SEEDS, twins=0.0, alike=1, prompts=0.0)
 
+    def for_tests(self) -> Scenes:
+        """As many scenes that no run trains or validates on, whatever seed it names; without twins too."""
+        return replace(self.held_out(self.count), seed=self.seed + 2 * _SEEDS)
+
 
 @dataclass(frozen=True)
 class _Epoch:
