@@ -62,7 +62,7 @@ PHASES = (
         "details",
         "tiny-long",
         "scenes:1000000@5?things=2-9&twins=1&prompts=0.25",
-        2400,
+        2000,
         {"positions": "none", "label_smoothing": 0.0, "logit_scale": 4.0, "lr": 1e-3, "warmup_steps": 100},
     ),
 )
