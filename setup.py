@@ -28,9 +28,18 @@ TRAIN = [
     "webdataset>=0.2.100",
 ]
 
+# Other evaluators, open_clip's class names and templates, and data in shards; `evaluate` runs without on much else.
+EVALUATE = [
+    "clip-benchmark>=1.6.2",
+    "mteb>=2.26",
+    "open_clip_torch>=3.0",
+    "webdataset>=0.2.100",
+]
+
 # What the tests need beside the package; not ONNX Runtime, of which there is one for CPUs and one for GPUs.
 TEST = [
     *TRAIN,
+    *EVALUATE,
     *RTX,
     "hypothesis>=6.100",
     "pytest>=8.0",
@@ -85,6 +94,7 @@ setup(
         "rtx": RTX,
         "export": EXPORT,
         "train": TRAIN,
+        "evaluate": EVALUATE,
         "plot": ["matplotlib>=3.8"],
         "test": TEST,
         "dev": [
