@@ -36,11 +36,15 @@ EVALUATE = [
     "webdataset>=0.2.100",
 ]
 
+# Libraries that a bundle can be put into, each with the extra of its name.
+SENTENCE_TRANSFORMERS = ["sentence-transformers>=6.0", "torch>=2.9"]
+
 # What the tests need beside the package; not ONNX Runtime, of which there is one for CPUs and one for GPUs.
 TEST = [
     *TRAIN,
     *EVALUATE,
     *RTX,
+    *SENTENCE_TRANSFORMERS,
     "hypothesis>=6.100",
     "pytest>=8.0",
     "pytest-timeout>=2.3",
@@ -95,6 +99,7 @@ setup(
         "export": EXPORT,
         "train": TRAIN,
         "evaluate": EVALUATE,
+        "sentence-transformers": SENTENCE_TRANSFORMERS,
         "plot": ["matplotlib>=3.8"],
         "test": TEST,
         "dev": [

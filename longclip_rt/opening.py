@@ -16,8 +16,9 @@ from longclip_rt.system import machine
 
 logger = logging.getLogger("longclip_rt")
 
-AUTO_ORDER = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "torch", "openvino", "onnxruntime")
-"""What `auto` tries, in this order; `torch` on a GPU alone, since it is slower on a CPU."""
+AUTO_ORDER = ("tensorrt", "tensorrt-rtx", "torch", "onnxruntime-cuda", "openvino", "onnxruntime")
+"""What `auto` tries, in this order; `torch` on a GPU alone, where it was faster than ONNX Runtime at every size tried
+(docs/gpu.md), and not on a CPU, where it is slower than the others."""
 
 _NEEDED = {
     "tensorrt": ("tensorrt", "cuda.core"),

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
+from longclip_rt.backends.arrays import Arrays, Tensors
 from longclip_rt.backends.base import Backend, Float32
 from longclip_rt.backends.batching import plan_batches
 from longclip_rt.bundle.bundle import Bundle, default_bundle, load_bundle
@@ -22,6 +23,7 @@ from longclip_rt.pca.basis import Pca, check_mode, load_pca
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
 logger = logging.getLogger("longclip_rt")
 
@@ -155,19 +157,33 @@ class Embedder:
         vectors = self.backend.run(kind, inputs, outputs)[0]
         return vectors if self.pca is None or self._fused else self.pca.apply(vectors, kind, self.pca_mode)
 
-    def embed_texts(self, texts: Sequence[str], *, truncate: bool = True) -> Float32:
+    @overload
+    def embed_texts(
+        self, texts: Sequence[str], *, truncate: bool = ..., convert_to: Literal["numpy"] = ...
+    ) -> Float32: ...
+
+    @overload
+    def embed_texts(self, texts: Sequence[str], *, truncate: bool = ..., convert_to: Literal["torch"]) -> Tensor: ...
+
+    def embed_texts(
+        self, texts: Sequence[str], *, truncate: bool = True, convert_to: Literal["numpy", "torch"] = "numpy"
+    ) -> Any:
         """Embeds texts.
 
         Args:
             texts: Any number of texts.
             truncate: Whether a text of more than `context_length` tokens is cut (and counted in a warning) or refused.
+            convert_to: `numpy`, or `torch` for a tensor: on the GPU where the `torch` backend runs on one, else on the
+                CPU. It carries no gradient.
 
         Returns:
             L2-normalised vectors [N, D] float32, in the order of the texts.
 
         Raises:
             InputError: A text is too long and `truncate` is False, or holds what is no Unicode text.
+            MissingExtraError: `convert_to` is `torch`, which is not installed.
         """
+        collect = self._collector(convert_to)
         given = _listed("embed_texts", "text", texts, str)
         for index, text in enumerate(given):
             if isinstance(text, str) and not text.isascii():
@@ -191,17 +207,36 @@ class Embedder:
             max_length=self.context_length,
             buckets=self.buckets,
         )
-        vectors = np.empty((len(encoded), self.dim), np.float32)
-        padded = (pad_tokens([encoded[index].ids for index in batch.indices], batch.length) for batch in batches)
+        padded = (
+            collect.given(pad_tokens([encoded[index].ids for index in batch.indices], batch.length))
+            for batch in batches
+        )
+        vectors = collect.empty(len(encoded), self.dim)
         for batch, result in zip(batches, self._threads().map(self.encode_tokens, padded), strict=True):
-            vectors[list(batch.indices)] = result
+            vectors[list(batch.indices)] = collect.taken(result)
         return vectors
 
-    def embed_images(self, images: Iterable[str | Path | bytes | Image.Image]) -> Float32:
+    @overload
+    def embed_images(
+        self, images: Iterable[str | Path | bytes | Image.Image], *, convert_to: Literal["numpy"] = ...
+    ) -> Float32: ...
+
+    @overload
+    def embed_images(
+        self, images: Iterable[str | Path | bytes | Image.Image], *, convert_to: Literal["torch"]
+    ) -> Tensor: ...
+
+    def embed_images(
+        self,
+        images: Iterable[str | Path | bytes | Image.Image],
+        *,
+        convert_to: Literal["numpy", "torch"] = "numpy",
+    ) -> Any:
         """Embeds images.
 
         Args:
             images: Paths, encoded files' bytes, or PIL images, in any mix.
+            convert_to: As for `embed_texts`.
 
         Returns:
             L2-normalised vectors [N, D] float32, in the order of the images.
@@ -212,15 +247,26 @@ class Embedder:
         """
         from PIL import Image
 
+        collect = self._collector(convert_to)
         sources = _listed("embed_images", "image", images, (str, Path, bytes, Image.Image))
-        groups = [sources[start : start + self.batch_size] for start in range(0, len(sources), self.batch_size)]
+        starts = range(0, len(sources), self.batch_size)
 
-        def embed(group: list[str | Path | bytes | Image.Image]) -> Float32:
-            vectors: Float32 = self.encode_crops(np.stack([self.transform.crop(source) for source in group]))
-            return vectors
+        def embed(start: int) -> Any:
+            group = sources[start : start + self.batch_size]
+            return self.encode_crops(collect.given(np.stack([self.transform.crop(source) for source in group])))
 
-        vectors = self._threads().map(embed, groups)
-        return np.concatenate([np.empty((0, self.dim), np.float32), *vectors])
+        vectors = collect.empty(len(sources), self.dim)
+        for start, result in zip(starts, self._threads().map(embed, starts), strict=True):
+            vectors[start : start + len(result)] = collect.taken(result)
+        return vectors
+
+    def _collector(self, convert_to: str) -> Arrays:
+        if convert_to not in ("numpy", "torch"):
+            raise InputError(f"convert_to is {convert_to!r}; expected 'numpy' or 'torch'.")
+        if convert_to == "numpy":
+            return Arrays()
+        # A PCA that no kernel computes is computed in host memory.
+        return Tensors(self.backend.tensors_on if self.pca is None or self._fused else "")
 
     def _threads(self) -> ThreadPoolExecutor:
         """The threads of `embed_*`, made at its first call: as many as make best use of the backend, and one more.

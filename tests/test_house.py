@@ -16,7 +16,7 @@ FLOORS = (
     {"cli"},
     {"commands"},
     {"evaluation"},
-    {"train"},
+    {"train", "integrations"},
     {"embedding", "search"},
     {"export"},
     {"runtime"},

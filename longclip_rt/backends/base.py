@@ -75,6 +75,11 @@ class Backend(ABC):
         """SHA-256 of the PCA that a kernel of its own gives as `text_pca` and `image_pca`; empty where none does."""
         return ""
 
+    @property
+    def tensors_on(self) -> str:
+        """The PyTorch device whose tensors `run_on_device` takes, such as `cuda:0`; empty where it takes none."""
+        return ""
+
     def corners(self, tower: str) -> list[tuple[str, int | None, int]]:
         """Batches at which the kernels may change, which the self-check tries: what runs them, tokens, and rows."""
         return []

@@ -116,6 +116,11 @@ class TorchBackend(Backend):
         """SHA-256 of the PCA that the Triton kernel computes; empty where it does not."""
         return str(self.bundle.manifest["pca"]["sha256"]) if self._kernel else ""
 
+    @property
+    def tensors_on(self) -> str:
+        """Its GPU."""
+        return str(self._device) if self._on_gpu else ""
+
     def _checkpoint(self) -> Checkpoint:
         """The weights that the bundle names; where they are not at hand, those in its fp32 graphs: the same."""
         from longclip_rt.weights.checkpoint import Checkpoint, load_checkpoint
