@@ -63,8 +63,11 @@ def page_of_misses(report: RetrievalReport, count: int) -> str:
         f"Words that CLIP's {CLIP_TOKENS} tokens do not reach are <mark>marked</mark>; words that this model does not "
         "reach are <s>struck out</s>."
     )
+    warning = ""
+    if report.made[0].made_by["trained"] != "true":
+        warning = '<p class="warning" role="note"><strong>The model is untrained</strong>, so all of it is chance.</p>'
     body = (
-        f'<header>\n<p class="eyebrow">worst misses</p>\n<h1>{escaped(report.made[0].label)}</h1>\n'
+        f'{warning}<header>\n<p class="eyebrow">worst misses</p>\n<h1>{escaped(report.made[0].label)}</h1>\n'
         f'<p class="about">{escaped(about)}</p>\n<p class="about caption">{legend}</p>\n</header>\n<main>\n'
         f"{_section('Captions that chose another image', captions)}\n"
         f"{_section('Images that chose a caption of another image', images)}\n</main>\n<footer></footer>"

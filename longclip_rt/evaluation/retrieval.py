@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,8 +99,3 @@ def retrieve(collection: Collection, kept: Kept, vectors: Embedded) -> Retrieval
     return Retrieval(
         places(images, texts, rows, of), places(texts, images, of, rows), of, vectors.tokens[kept.texts], truncated
     )
-
-
-def figures_of(retrievals: Mapping[str, Retrieval]) -> dict[str, dict[str, Figure]]:
-    """Recall over all captions, by model and name."""
-    return {label: one.figures() for label, one in retrievals.items()}

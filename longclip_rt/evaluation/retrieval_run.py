@@ -100,6 +100,7 @@ class RetrievalReport:
             self._cells(f"{made.label}, {_GROUPS[group]}", one["by_length"][group])
             for made, one in zip(self.made, found, strict=True)
             for group in (UP_TO, BEYOND)
+            if one["by_length"][group]["texts"]
         ]
         parts.append(markdown_table(["by length of the caption", *header[1:]], by_length))
         if compared := self.compared:
