@@ -191,7 +191,7 @@ class TorchBackend(Backend):
             outputs = self._towers[tower](given)
         return _Static(given, graph.replay, outputs)
 
-    def close(self) -> None:
+    def _close(self) -> None:
         """Lets go of captured graphs; the towers go with the backend."""
         with self._lock:
             self._static.clear()
