@@ -88,7 +88,7 @@ def test_prompts_name_a_kind_and_nothing_else() -> None:
     assert {tuple(token for token in row if token) for row in batch.long_ids.tolist()} <= prompts
 
 
-def test_rows_that_are_alike_by_a_detail_differ_in_one_word_anywhere() -> None:
+def test_rows_that_are_alike_by_a_detail_differ_in_that_anywhere() -> None:
     tokenizer, rows = clip_tokenizer(), scenes_from_name("scenes:60@0?alike=5&by=detail").in_order()
     captions = [row.pair(64, tokenizer).long.split() for row in rows if isinstance(row, SceneRow)]
     places = []
@@ -96,8 +96,8 @@ def test_rows_that_are_alike_by_a_detail_differ_in_one_word_anywhere() -> None:
         group = captions[start : start + 5]
         differing = [n for n, words in enumerate(zip(*group, strict=True)) if len(set(words)) > 1]
         assert len({words[differing[-1]] for words in group}) == 5
-        assert differing[-1] - differing[0] <= 1  # "a red" and "an orange"
-        places.append(differing[-1])
+        assert len(differing) <= 3  # "a red" and "an orange"; and a kind is named again by what is beside it
+        places.append(differing[0])
     assert max(places) > 40 > min(places)
 
 

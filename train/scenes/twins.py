@@ -100,7 +100,8 @@ def with_another_kind(scene: Scene, number: int) -> Scene:
 def with_another_detail(scene: Scene, number: int) -> Scene:
     """The same scene with one thing of another colour, kind or texture: 0 is its own, no two numbers below 5 are equal.
 
-    Which thing, and which of the three, the scene says. Its caption differs in one word, and its article.
+    Which thing, and which of the three, the scene says. Its caption differs in
+    that word alone, wherever it stands.
     """
     rng = np.random.default_rng((scene.manner, 1))
     which, detail = int(rng.integers(len(scene.things))), ("colour", "kind", "texture")[rng.integers(3)]
