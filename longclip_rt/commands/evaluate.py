@@ -270,7 +270,10 @@ def _write(report: _Report, options: dict[str, Any]) -> None:
 
     found = report.as_json()
     contents = {
-        "json_file": lambda: json.dumps(found, indent=1, ensure_ascii=False) + "\n",
+        # What UTF-8 cannot hold, such as file names in other encodings, is escaped.
+        "json_file": lambda: (
+            json.dumps(found, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace").decode() + "\n"
+        ),
         "csv_file": report.as_csv,
         "markdown_file": report.as_markdown,
     }

@@ -14,6 +14,7 @@ from longclip_rt.errors import InputError
 from longclip_rt.evaluation.cache import Entry
 from longclip_rt.evaluation.cifar import RELEASES, cifar_kind, load_cifar
 from longclip_rt.evaluation.collection import Skipped
+from longclip_rt.evaluation.data import DEFAULT_SCENES
 from longclip_rt.evaluation.imagenet import imagenet_folder, load_imagenet
 from longclip_rt.evaluation.prompts import PHOTO, class_names, filled, templates_from_name
 from longclip_rt.system.files import has_image_suffix
@@ -89,6 +90,8 @@ def classes_from_name(name: str, templates: str | None, classes: Path | None) ->
         InputError: There is no such folder.
     """
     kind, colon, path = name.partition(":")
+    if kind == "scenes" and not path:
+        colon, path = ":", DEFAULT_SCENES
     if colon and kind in KINDS and path:
         return ClassesName(kind, path, templates, classes)
     folder = Path(name)

@@ -19,6 +19,9 @@ from longclip_rt.train.data.table_files import Columns
 from longclip_rt.train.data.tables import TablePart, load_table
 from longclip_rt.train.scenes.rows import PREFIX, Scenes, scenes_from_name
 
+DEFAULT_SCENES = "1000"
+"""Scenes where no number is given: a minute's work for the built-in model."""
+
 KINDS = (*READERS, "table", "webdataset", "scenes")
 """What a data set's name may begin with."""
 
@@ -57,6 +60,8 @@ def data_from_name(name: str, images: Path | None, split: str, columns: Columns)
         InputError: There is no such kind, or nothing stands behind the colon.
     """
     kind, colon, path = name.partition(":")
+    if kind == "scenes" and not path:
+        colon, path = ":", DEFAULT_SCENES
     if not colon or kind not in KINDS or not path:
         raise InputError(f"{name!r} is not understood. Write KIND:PATH with one of the kinds {', '.join(KINDS)}.")
     return DataName(kind, path, images, split, columns)

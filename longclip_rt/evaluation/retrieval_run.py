@@ -182,7 +182,7 @@ def evaluate_retrieval(
         collection,
         kept,
         tuple(made for made, _ in results),
-        tuple(retrieve(collection, kept, one) for _, one in results),
+        tuple(retrieve(collection, kept, one, bars) for _, one in results),
         tokenizers[0],
         sum(one.computed for _, one in results),
     )

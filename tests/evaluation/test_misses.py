@@ -40,7 +40,7 @@ def report() -> RetrievalReport:
 def test_the_page_shows_what_was_chosen_and_what_was_right(report: RetrievalReport) -> None:
     assert sorted(worst(report.retrievals[0].t2i, 9).tolist()) == [1, 2]
     page = page_of_misses(report, 20)
-    cards = re.findall(r'<li class="miss">.*?</li>', page, re.DOTALL)
+    cards = re.findall(r'<li class="miss.*?</li>', page, re.DOTALL)
     assert len(cards) == 4 and "<script" not in page and "http:" not in page and "https:" not in page
     (caption_one,) = [card for card in cards[:2] if "one &lt;b&gt;" in card]
     assert re.search(
@@ -49,7 +49,7 @@ def test_the_page_shows_what_was_chosen_and_what_was_right(report: RetrievalRepo
     assert 'alt="b &amp; c"' in caption_one
     (picture_one,) = [card for card in cards[2:] if 'alt="b &amp; c"' in card]
     assert "<mark>" in picture_one.partition("<b>Right</b>, place 2")[0] and "one &lt;b&gt;" in picture_one
-    assert page_of_misses(report, 1).count('<li class="miss">') == 2
+    assert page_of_misses(report, 1).count('<li class="miss') == 2
 
 
 def test_words_beyond_clips_tokens_are_marked_and_unread_ones_struck_out(report: RetrievalReport) -> None:
