@@ -104,7 +104,8 @@ class Backend(ABC):
         """Makes the first conversion and inference, in the thread that opens the backend and before any other can.
 
         Libraries set up their interface to numpy at the first conversion, behind a lock that two threads can deadlock
-        on: one holds it and waits for Python's interpreter lock, the other the reverse.
+        on: one holds it and waits for Python's interpreter lock, the other the reverse. OpenVINO and ONNX Runtime make
+        only a conversion on the CPU, and load a tower when it is first needed.
         """
         self.run("text", np.full((1, 1), self.bundle.architecture.eot_id, np.int32))
 
