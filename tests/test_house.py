@@ -16,7 +16,7 @@ FLOORS = (
     {"cli"},
     {"commands"},
     {"train"},
-    {"embedding", "search"},
+    {"bench", "embedding", "search"},
     {"export"},
     {"runtime"},
     {"opening"},

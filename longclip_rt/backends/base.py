@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
@@ -45,6 +46,7 @@ class Backend(ABC):
     batch_size: int = 8
     pad_multiple: int = 8
     concurrency: int = 1
+    not_apart: str = "copies, encoder and head are one call of the library"
 
     def __init__(self, bundle: Bundle, precision: str) -> None:
         self.bundle = bundle
@@ -120,6 +122,23 @@ class Backend(ABC):
                     self._used.add(tower)
                     return results
         return self._run(tower, inputs, names)
+
+    def timed(self, tower: str, inputs: NDArray[np.generic]) -> dict[str, float]:
+        """Runs one tower, and takes the time of the stages that the backend can tell apart.
+
+        Args:
+            tower: `text` or `image`.
+            inputs: As for `run`.
+
+        Returns:
+            Seconds, under some of the names `copy in`, `encoder`, `head`, `copy out`.
+
+        Raises:
+            BackendError: As for `run`.
+        """
+        started = time.perf_counter()
+        self.run(tower, inputs)
+        return {"encoder": time.perf_counter() - started}
 
     def check_process(self) -> None:
         """Makes sure that this process opened the backend.

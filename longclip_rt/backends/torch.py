@@ -9,6 +9,7 @@ lengths and batches to a few sizes, each of which is captured once as a CUDA gra
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -48,6 +49,34 @@ def pieces(rows: int) -> list[slice]:
     return [slice(start, min(start + SIZES[-1], rows)) for start in range(0, rows, SIZES[-1])]
 
 
+def checkpoint_of(bundle: Bundle) -> Checkpoint:
+    """The weights that a bundle names; where they are not at hand, those in its fp32 graphs: the same.
+
+    Raises:
+        BackendError: The named weights are others by now, or are neither there nor in the graphs.
+        MissingExtraError: PyTorch or onnx is not installed.
+    """
+    torch: Any = require("torch", "export")
+    from longclip_rt.weights.checkpoint import Checkpoint, load_checkpoint
+
+    source = bundle.manifest["source"]
+    try:
+        checkpoint = load_checkpoint(source["weights"], activation=source["activation"])
+    except LongClipError as error:
+        logger.info(
+            "%s cannot be loaded (%s); torch takes the weights in the bundle's graphs", source["weights"], error
+        )
+        state = {name: torch.tensor(array) for name, array in weights_of(bundle).items()}
+        state["logit_scale"] = torch.zeros(())  # no embedding depends on it
+        return Checkpoint(state, bundle.architecture, str(bundle.path), None, bundle.trained)
+    if checkpoint.sha256 != source["sha256"]:
+        raise BackendError(
+            f"{source['weights']} is not what the bundle was exported from: its SHA-256 is "
+            f"{checkpoint.sha256}, and the bundle names {source['sha256']}. Export it again, or use --backend auto."
+        )
+    return checkpoint
+
+
 @dataclass(frozen=True, eq=False)
 class _Static:
     """A tower for one shape: what is copied in, what runs it, and where its outputs are then."""
@@ -78,7 +107,7 @@ class TorchBackend(Backend):
         self._device = self._torch.device("cpu" if device is None else f"cuda:{device}")
         from longclip_rt.weights.checkpoint import towers_from_checkpoint
 
-        checkpoint = self._checkpoint()
+        checkpoint = checkpoint_of(bundle)
         dtype = {"fp32": self._torch.float32, "bf16": self._torch.bfloat16, "fp16": self._torch.float16}[precision]
         text, image = towers_from_checkpoint(checkpoint)
         if bundle.pca is not None:
@@ -91,29 +120,9 @@ class TorchBackend(Backend):
         self._on_gpu = device is not None
         if self._on_gpu:
             self.batch_size = 64
+            self.not_apart = "the head is a part of the encoder"
         self._lock = threading.Lock()
         self._static: dict[tuple[str, tuple[int, ...]], _Static] = {}
-
-    def _checkpoint(self) -> Checkpoint:
-        """The weights that the bundle names; where they are not at hand, those in its fp32 graphs: the same."""
-        from longclip_rt.weights.checkpoint import Checkpoint, load_checkpoint
-
-        source = self.bundle.manifest["source"]
-        try:
-            checkpoint = load_checkpoint(source["weights"], activation=source["activation"])
-        except LongClipError as error:
-            logger.info(
-                "%s cannot be loaded (%s); torch takes the weights in the bundle's graphs", source["weights"], error
-            )
-            state = {name: self._torch.tensor(array) for name, array in weights_of(self.bundle).items()}
-            state["logit_scale"] = self._torch.zeros(())  # no embedding depends on it
-            return Checkpoint(state, self.bundle.architecture, str(self.bundle.path), None, self.bundle.trained)
-        if checkpoint.sha256 != source["sha256"]:
-            raise BackendError(
-                f"{source['weights']} is not what the bundle was exported from: its SHA-256 is "
-                f"{checkpoint.sha256}, and the bundle names {source['sha256']}. Export it again, or use --backend auto."
-            )
-        return checkpoint
 
     @property
     def version(self) -> str:
@@ -143,25 +152,50 @@ class TorchBackend(Backend):
         named = dict(zip(names, computed, strict=True))
         return [named[name].numpy() for name in outputs]
 
-    def _run_static(self, tower: str, inputs: NDArray[np.generic], outputs: Sequence[str]) -> list[Float32]:
-        """Pads a batch to a size that there is a graph of, and drops what was added."""
+    def timed(self, tower: str, inputs: NDArray[np.generic]) -> dict[str, float]:
+        """On a GPU by CUDA events: copy in (filling up to the captured shape included), encoder with head, copy out."""
+        if not self._on_gpu:
+            return super().timed(tower, inputs)
+        events = [self._torch.cuda.Event(enable_timing=True) for _ in range(4)]
+        seconds = np.zeros(3)
+        for piece in pieces(len(inputs)):
+            self._run_static(tower, inputs[piece], self.bundle.outputs(tower)[:1], events)
+            seconds += [first.elapsed_time(second) / 1e3 for first, second in itertools.pairwise(events)]
+        return dict(zip(("copy in", "encoder", "copy out"), map(float, seconds), strict=True))
+
+    def _run_static(
+        self, tower: str, inputs: NDArray[np.generic], outputs: Sequence[str], events: Sequence[Any] = ()
+    ) -> list[Float32]:
+        """Pads a batch to a size that there is a graph of, and drops what was added. Records events between parts."""
         rows, length = len(inputs), inputs.shape[1]
         shape = (padded_size(rows), *inputs.shape[1:])
         if tower == "text":
             shape = (shape[0], next(bucket for bucket in self.buckets if bucket >= length))
-        filled = np.zeros(shape, inputs.dtype)
-        filled[tuple(slice(0, size) for size in inputs.shape)] = inputs
+        marks = iter(events)
         with self._lock, self._exact():
+            self._mark(marks)
+            filled = np.zeros(shape, inputs.dtype)
+            filled[tuple(slice(0, size) for size in inputs.shape)] = inputs
             if (tower, shape) not in self._static:
                 self._static[tower, shape] = self._captured(tower, filled)
             static = self._static[tower, shape]
             static.given.copy_(self._torch.from_numpy(filled))
+            self._mark(marks)
             static.run()
+            self._mark(marks)
             named = dict(zip(self.bundle.outputs(tower), static.outputs, strict=True))
             results = [named[name][:rows].float().cpu().numpy() for name in outputs]
+            if events:
+                self._mark(marks)
+                self._torch.cuda.synchronize()
         if tower == "text":  # states of all tokens have as many as were asked for
             results = [each[:, :length] if each.ndim == 3 else each for each in results]
         return results
+
+    @staticmethod
+    def _mark(events: Iterator[Any]) -> None:
+        if event := next(events, None):
+            event.record()
 
     @contextlib.contextmanager
     def _exact(self) -> Iterator[None]:
