@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -129,7 +130,7 @@ class TorchReference(Reference):
             result.float().cpu()
             events[3].record()
             self._torch.cuda.synchronize()
-        times = [a.elapsed_time(b) / 1e3 for a, b in zip(events, events[1:], strict=False)]
+        times = [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
         return dict(zip(("copy in", "encoder", "copy out"), times, strict=True))
 
     def _copied_in(self, tower: str, inputs: Array) -> Any:

@@ -12,7 +12,7 @@ import click
 from longclip_rt.choices import BACKENDS, PRECISIONS
 
 
-class _Several(click.ParamType):
+class _Several(click.ParamType[Any]):
     """Values with commas between them: of a few words, or numbers from 1."""
 
     name = "list"
@@ -46,7 +46,7 @@ _REFERENCES = ("open_clip", "torch.compile", "transformers", "plain-onnxruntime"
 @click.option("--precision", "precisions", type=_Several(("auto", *PRECISIONS)), default="auto", show_default=True,
               help="Precisions of each; auto is the fastest that it offers.")  # fmt: skip
 @click.option("--against", type=_Several(("reference", *_REFERENCES)), default=None,
-              help="Measure beside what one would use instead: reference is all four; texts at the whole context.")  # fmt: skip
+              help="Measure beside what one would use instead; reference is all four.")  # fmt: skip
 @click.option("--tower", "towers", type=_Several(("text", "image")), default="text,image", show_default=True,
               help="Encoders.")  # fmt: skip
 @click.option("--batch", "batches", type=_Several(), default="1,64", show_default=True, help="Rows in a batch.")
