@@ -201,7 +201,7 @@ class TorchBackend(Backend):
         tensor = tensor.to(self._torch.int32) if tower == "text" else tensor
         return self._static.run_on_device(tower, tensor, [EMBEDDINGS[tower]] if outputs is None else list(outputs))
 
-    def close(self) -> None:
+    def _close(self) -> None:
         """Lets go of captured graphs; the towers go with the backend."""
         if self._static is not None:
             self._static.close()
