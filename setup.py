@@ -31,10 +31,14 @@ TRAIN = [
 # Libraries that a bundle can be put into, each with the extra of its name.
 SENTENCE_TRANSFORMERS = ["sentence-transformers>=6.0", "torch>=2.9"]
 
+# onnx: the final norm is read from the graph.
+DIFFUSERS = ["diffusers>=0.35", "onnx>=1.18", "torch>=2.9", "transformers>=5.0"]
+
 # What the tests need beside the package; not ONNX Runtime, of which there is one for CPUs and one for GPUs.
 TEST = [
     *TRAIN,
     *RTX,
+    *DIFFUSERS,
     *SENTENCE_TRANSFORMERS,
     "hypothesis>=6.100",
     "pytest>=8.0",
@@ -89,6 +93,7 @@ setup(
         "rtx": RTX,
         "export": EXPORT,
         "train": TRAIN,
+        "diffusers": DIFFUSERS,
         "sentence-transformers": SENTENCE_TRANSFORMERS,
         "plot": ["matplotlib>=3.8"],
         "test": TEST,
