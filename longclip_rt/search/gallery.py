@@ -17,7 +17,8 @@ from longclip_rt.version import __version__
 if TYPE_CHECKING:
     from PIL import Image
 
-    from longclip_rt.search.nearest import Answer, Hit
+    from longclip_rt.search.hits import Hit
+    from longclip_rt.search.nearest import Answer
 
 # Twice the width of a card, for displays with two device pixels to a CSS pixel.
 THUMBNAIL_PIXELS = 560
@@ -152,6 +153,8 @@ def _warning(answer: Answer) -> str:
 def _header(answer: Answer) -> str:
     count = len(answer.hits)
     found = f"{count or 'no'} nearest {'neighbour' if count == 1 else 'neighbours'} in {_text(answer.path.name)}"
+    if answer.index:
+        found += f" · approximate, by the {answer.index} index"
     if answer.truncated:
         found += f" · the query has {answer.tokens} tokens, and only its beginning was used"
     size = ' class="long"' if len(answer.query) > 160 else ""
