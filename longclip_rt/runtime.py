@@ -88,13 +88,17 @@ class Embedder:
             loaded.check_model(bundle.name, bundle.architecture.embed_dim, bundle.weights_sha256)
         return cls(bundle, open_backend(bundle, backend, precision, devices), loaded, pca_mode)
 
-    def with_pca(self, pca: Pca | None, pca_mode: str = "project") -> Embedder:
+    def with_pca(self, pca: str | Path | Pca | None, pca_mode: str = "project") -> Embedder:
         """An embedder on the same backend whose embeddings are reduced with another PCA, or with none.
 
+        Args:
+            pca: As in `from_bundle`.
+            pca_mode: Likewise.
+
         Raises:
-            PcaError: The PCA is another model's, or the mode is unknown.
+            PcaError: The PCA cannot be read or is another model's, or the mode is unknown.
         """
-        return type(self)(self.bundle, self.backend, pca, pca_mode)
+        return type(self)(self.bundle, self.backend, _pca_from(pca, self.bundle), pca_mode)
 
     @property
     def dim(self) -> int:
@@ -132,11 +136,20 @@ class Embedder:
         return self.backend.buckets
 
     def encode_tokens(self, ids: NDArray[np.int32]) -> Float32:
-        """Encodes one batch of padded token ids [B, S] int32 to L2-normalised vectors [B, D] float32."""
+        """Encodes one batch of padded token ids [B, S] int32 to L2-normalised vectors [B, D] float32.
+
+        Raises:
+            BackendError: They are no such array, or ids are not of the model's vocabulary.
+        """
         return self._encoded("text", ids)
 
     def encode_crops(self, crops: NDArray[np.uint8]) -> Float32:
-        """Encodes one batch of cropped images [B, n, n, 3] uint8 RGB to L2-normalised vectors [B, D] float32."""
+        """Encodes one batch of cropped images [B, n, n, 3] uint8 RGB to L2-normalised vectors [B, D] float32.
+
+        Raises:
+            InputError: They are no such array.
+            BackendError: n is not `image_size`.
+        """
         return self._encoded("image", self.transform.normalize(crops))
 
     def _encoded(self, kind: str, inputs: NDArray[Any]) -> Float32:
@@ -272,6 +285,8 @@ def _listed(method: str, what: str, given: Any, single: type | tuple[type, ...])
 def _pca_from(pca: str | Path | Pca | None, bundle: Bundle) -> Pca | None:
     if pca is None or isinstance(pca, Pca):
         return pca
+    if not isinstance(pca, (str, Path)):
+        raise PcaError(f"A PCA is given as a Pca, its file's name, or 'bundle'; got {type(pca).__name__}.")
     if str(pca) != "bundle":
         return load_pca(pca)
     if bundle.pca is None:
