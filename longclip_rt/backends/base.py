@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NoReturn
@@ -57,6 +58,7 @@ class Backend(ABC):
     pad_multiple: int = 8
     concurrency: int = 1
     opens_in_forks: ClassVar[bool] = False
+    not_apart: str = "copies, encoder and head are one call of the library"
 
     def __init__(self, bundle: Bundle, precision: str) -> None:
         if _first_opened.setdefault(type(self), os.getpid()) != os.getpid() and not self.opens_in_forks:
@@ -166,6 +168,23 @@ class Backend(ABC):
             f"The {self.name} backend on {self.device} takes numpy arrays. Tensors on a GPU are taken by "
             f"--backend torch on that GPU; got {type(inputs).__name__}."
         )
+
+    def timed(self, tower: str, inputs: NDArray[np.generic]) -> dict[str, float]:
+        """Runs one tower, and takes the time of the stages that the backend can tell apart.
+
+        Args:
+            tower: `text` or `image`.
+            inputs: As for `run`.
+
+        Returns:
+            Seconds, under some of the names `copy in`, `encoder`, `head`, `copy out`.
+
+        Raises:
+            BackendError: As for `run`.
+        """
+        started = time.perf_counter()
+        self.run(tower, inputs)
+        return {"encoder": time.perf_counter() - started}
 
     def check_process(self) -> None:
         """Makes sure that this process opened the backend.
