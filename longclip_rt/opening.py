@@ -16,8 +16,9 @@ from longclip_rt.system import machine
 
 logger = logging.getLogger("longclip_rt")
 
-AUTO_ORDER = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "openvino", "onnxruntime")
-"""What `auto` tries, in this order. Not `torch`, the reference: it is slower, and needs more than the bundle."""
+AUTO_ORDER = ("tensorrt", "tensorrt-rtx", "torch", "onnxruntime-cuda", "openvino", "onnxruntime")
+"""What `auto` tries, in this order; `torch` on a GPU alone, where it was faster than ONNX Runtime at every size tried
+(docs/gpu.md), and not on a CPU, where it is slower than the others."""
 
 _NEEDED = {
     "tensorrt": ("tensorrt", "cuda.core"),
@@ -140,6 +141,8 @@ def open_backend(
         ]
         if devices is not None and not runs_on_gpu(name):
             passed_over.append(f"{name} runs on the CPU, and GPUs were asked for")
+        elif backend == "auto" and name == "torch" and not (state.usable and runs_on_gpu(name)):
+            passed_over.append("torch sees no GPU, and is slower than the others on a CPU")
         elif not state.usable:
             passed_over.append(f"{name}: {state.reason}; mend it with: {state.remedy}")
         elif precision != "auto" and precision not in state.precisions:
@@ -147,11 +150,15 @@ def open_backend(
         elif precision != "auto" and precision not in offered:
             passed_over.append(f"{name}: {bundle.path} was exported without --fp16")
         else:
-            chosen = offered[0] if precision == "auto" else precision
+            chosen = precision
+            if precision == "auto":
+                chosen = offered[0]
+                if name == "torch" and runs_on_gpu(name) and "fp16" in bundle.precisions:  # the gate has passed it
+                    chosen = "fp16"
             try:
                 opened = _opened(bundle, name, chosen, devices)
             except (BackendError, MissingExtraError) as error:
-                if backend != "auto" or name not in GPU_BACKENDS:
+                if backend != "auto" or not runs_on_gpu(name):
                     raise
                 passed_over.append(f"{name}: {error}")
                 continue

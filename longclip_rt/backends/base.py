@@ -7,19 +7,24 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from longclip_rt.bundle.bundle import Bundle
 from longclip_rt.errors import BackendError
+from longclip_rt.system.forks import ends_in_forks
 
 Float32 = NDArray[np.float32]
 
 INPUT_NAMES = {"text": "input_ids", "image": "pixel_values"}
 EMBEDDINGS = {"text": "text_embeds", "image": "image_embeds"}
 
+
+_START_METHODS = "Start processes with multiprocessing's spawn or forkserver, and open the bundle in each."
+_first_opened: dict[type, int] = {}
+"""Kind of backend -> the process that first opened one."""
 
 Shapes = Mapping[str, Sequence[object]]
 
@@ -40,20 +45,34 @@ class Backend(ABC):
         concurrency: How many calls at a time make best use of the machine.
         batch_size: Images in a batch, a good default.
         pad_multiple: Text batches are padded to a multiple of this many tokens.
+        takes_crops: Whether the image tower takes crops too, and normalises them where it runs.
+        not_apart: Which stages `timed` cannot tell apart, in words.
+        opens_in_forks: Whether its library can be used anew in a fork of a process that has used it.
+
+    Raises:
+        BackendError: This process is a fork of one that has opened such a backend, and the library cannot do that.
     """
 
     name: str
+    takes_crops: bool = False
     batch_size: int = 8
     pad_multiple: int = 8
     concurrency: int = 1
     not_apart: str = "copies, encoder and head are one call of the library"
+    opens_in_forks: ClassVar[bool] = False
 
     def __init__(self, bundle: Bundle, precision: str) -> None:
+        if _first_opened.setdefault(type(self), os.getpid()) != os.getpid() and not self.opens_in_forks:
+            raise BackendError(
+                f"This process is a fork of process {_first_opened[type(self)]}, which has opened such a backend "
+                f"({type(self).__name__}): its library would wait for threads that are not here. {_START_METHODS}"
+            )
         self.bundle = bundle
         self.precision = precision
         self._process = os.getpid()
         self._alone = threading.Lock()
         self._used: set[str] = set()
+        ends_in_forks(self)
 
     @property
     @abstractmethod
@@ -75,6 +94,11 @@ class Backend(ABC):
         """SHA-256 of the PCA that a kernel of its own gives as `text_pca` and `image_pca`; empty where none does."""
         return ""
 
+    @property
+    def tensors_on(self) -> str:
+        """The PyTorch device whose tensors `run_on_device` takes, such as `cuda:0`; empty where it takes none."""
+        return ""
+
     def corners(self, tower: str) -> list[tuple[str, int | None, int]]:
         """Batches at which the kernels may change, which the self-check tries: what runs them, tokens, and rows."""
         return []
@@ -83,7 +107,8 @@ class Backend(ABC):
         """Makes the first conversion and inference, in the thread that opens the backend and before any other can.
 
         Libraries set up their interface to numpy at the first conversion, behind a lock that two threads can deadlock
-        on: one holds it and waits for Python's interpreter lock, the other the reverse.
+        on: one holds it and waits for Python's interpreter lock, the other the reverse. OpenVINO and ONNX Runtime make
+        only a conversion on the CPU, and load a tower when it is first needed.
         """
         self.run("text", np.full((1, 1), self.bundle.architecture.eot_id, np.int32))
 
@@ -96,7 +121,7 @@ class Backend(ABC):
 
         Args:
             tower: `text` or `image`.
-            inputs: Token ids [B, S] int32, 1 <= S <= the context length; or normalised pixels [B, 3, H, W] float32.
+            inputs: Token ids [B, S] int32, 1 <= S <= the context length; or what `images` gave.
             outputs: Names out of `bundle.outputs(tower)`; None for the embedding alone.
 
         Returns:
@@ -140,6 +165,28 @@ class Backend(ABC):
         self.run(tower, inputs)
         return {"encoder": time.perf_counter() - started}
 
+    def images(self, crops: NDArray[np.uint8]) -> NDArray[np.generic]:
+        """What `run` takes for cropped images [B, H, W, 3] uint8.
+
+        Returns:
+            The crops themselves where `takes_crops`, else normalised pixels [B, 3, H, W] float32.
+
+        Raises:
+            InputError: Another shape or dtype.
+        """
+        return crops if self.takes_crops else self.bundle.transform.normalize(crops)
+
+    def run_on_device(self, tower: str, inputs: object, outputs: Sequence[str] | None = None) -> list[Any]:
+        """Runs one tower on what lies on a GPU, and leaves the outputs there.
+
+        Raises:
+            BackendError: This backend cannot.
+        """
+        raise BackendError(
+            f"The {self.name} backend on {self.device} takes numpy arrays. Tensors on a GPU are taken by "
+            f"--backend torch on that GPU; got {type(inputs).__name__}."
+        )
+
     def check_process(self) -> None:
         """Makes sure that this process opened the backend.
 
@@ -149,8 +196,7 @@ class Backend(ABC):
         if self._process != os.getpid():
             raise BackendError(
                 f"This {self.name} backend was opened by process {self._process}, of which this one is a fork: its "
-                "threads are not here, and it would hang. Start processes with multiprocessing's spawn or forkserver, "
-                "and open the bundle in each."
+                f"threads are not here, and it would hang. {_START_METHODS}"
             )
 
     def _check_inputs(self, tower: str, inputs: NDArray[np.generic]) -> None:
@@ -169,6 +215,9 @@ class Backend(ABC):
                     f"Token ids must be from 0 to {architecture.vocab_size - 1}, the model's vocabulary; got {least} "
                     f"to {most}. Tokenize with the bundle's own tokenizer."
                 )
+        elif self.takes_crops and inputs.dtype == np.uint8:
+            if len(shape) != 4 or not shape[0] or shape[1:] != (size, size, 3):
+                raise BackendError(f"Crops must be [batch, {size}, {size}, 3], batch at least 1; got {list(shape)}.")
         elif len(shape) != 4 or not shape[0] or shape[1:] != (3, size, size):
             raise BackendError(f"Pixels must be [batch, 3, {size}, {size}], batch at least 1; got {list(shape)}.")
 
@@ -204,6 +253,11 @@ class Backend(ABC):
         """
         raise BackendError("A backend cannot be pickled. Open the bundle again in the other process.")
 
-    @abstractmethod
     def close(self) -> None:
-        """Lets go of the encoders' memory. Closing twice is fine."""
+        """Lets go of the encoders' memory; in a fork, of nothing. Closing twice is fine."""
+        if self._process == os.getpid():
+            self._close()
+
+    @abstractmethod
+    def _close(self) -> None:
+        """Lets go of the encoders' memory, which the next call may take again."""

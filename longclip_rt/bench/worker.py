@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -141,14 +141,13 @@ class Worker:
             done += 1
 
     def _given(self, contender: Contender, array: Any) -> Any:
-        """Texts padded as the contender wants them; pixels as they are."""
+        """Texts padded and images normalised as the contender wants them."""
         if array.ndim != 2:
-            return array
+            return contender.images(array)
         return pad_tokens(list(array), contender.length(array.shape[1]))
 
     def _from_raw(self, contender: Contender, raw: Any) -> Any:
         if self._case is not None and self._case.tower == "image":
-            crops: Callable[..., Any] = self._bundle.transform.crop
-            return self._bundle.transform.normalize(np.stack([crops(photo) for photo in raw]))
+            return contender.images(np.stack([self._bundle.transform.crop(photo) for photo in raw]))
         rows = [tokens.ids for tokens in self._bundle.tokenizer.encode(raw)]
         return pad_tokens(rows, contender.length(max(map(len, rows))))
