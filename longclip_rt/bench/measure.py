@@ -124,7 +124,7 @@ def run_bench(bundle: Bundle, options: BenchOptions, say: Say = lambda words: No
     """
     skipped: dict[str, str] = {}
     details: dict[str, Any] = {}
-    started = time.perf_counter()
+    started, where = time.perf_counter(), description()
     with children(bundle, list(options.ways), options.on_gpu) as processes:
         rates = _rates(bundle, options, say, skipped)
         ways = _open(processes, options, say, details, skipped)
@@ -141,7 +141,7 @@ def run_bench(bundle: Bundle, options: BenchOptions, say: Say = lambda words: No
         "seconds": round(time.perf_counter() - started, 1),
         "options": {"seconds": options.seconds, "rounds": options.rounds, "on_gpu": options.on_gpu},
         "bundle": {"name": bundle.name, "sha256": bundle.sha256, "trained": bundle.trained},
-        **description(),
+        **where,
         "rates": rates,
         "ways": details,
         "skipped": skipped,
