@@ -129,12 +129,7 @@ class StaticTowers:
         seconds = np.zeros(3)
         for piece in pieces(len(inputs)):
             events: list[Any] = []
-
-            def mark(events: list[Any] = events) -> None:
-                events.append(self._torch.cuda.Event(enable_timing=True))
-                events[-1].record(self._stream)
-
-            self._from_host(tower, inputs[piece], outputs, mark)
+            self._from_host(tower, inputs[piece], outputs, lambda: events.append(self._event()))  # noqa: B023
             seconds += [first.elapsed_time(second) / 1e3 for first, second in itertools.pairwise(events)]
         return dict(zip(("copy in", "encoder", "copy out"), map(float, seconds), strict=True))
 
@@ -211,6 +206,11 @@ class StaticTowers:
 
     def _pinned(self, like: Any) -> Any:
         return self._torch.zeros(like.shape, dtype=like.dtype, pin_memory=True)
+
+    def _event(self) -> Any:
+        event = self._torch.cuda.Event(enable_timing=True)
+        event.record(self._stream)
+        return event
 
     def _recorded(self) -> Callable[[], object]:
         """What waits for all that was enqueued so far."""
