@@ -127,6 +127,7 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
     extra = "gpu"
     on_gpu = True
     opens_in_forks = False  # CUDA
+    not_apart = "the head is a part of the encoder"
     batch_size = 32
     memory: ClassVar[str] = "cuda"
     """Where inputs and outputs lie during a run, in ONNX Runtime's word."""
@@ -135,8 +136,6 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
     def device(self) -> str:
         """The GPU's number."""
         return f"GPU {self._number}"
-
-    not_apart = "the head is a part of the encoder"
 
     def timed(self, tower: str, inputs: NDArray[np.generic]) -> dict[str, float]:
         """By the wall clock: each step waits for the GPU."""

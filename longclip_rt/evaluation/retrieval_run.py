@@ -165,7 +165,7 @@ def evaluate_retrieval(
 
         def work(embedder: Embedder) -> Embedded:
             if not collections:  # scenes are drawn, and cut to length, for the first model
-                collections.append(load_collection(data, entry, embedder, embedder.image_size))
+                collections.append(load_collection(data, entry, embedder, embedder.image_size, bars))
                 tokenizers.append(embedder.tokenizer)
             found = collections[0]
             return embedded(entry, embedder, found.images, found.texts, batch_size, bars)

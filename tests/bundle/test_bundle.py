@@ -142,8 +142,9 @@ def test_another_models_tokenizer_is_refused_though_the_manifest_names_it(copy: 
     fields = json.loads((copy / "old.json").read_text())
     (copy / "old.json").unlink()
     write_manifest(copy, {key: value for key, value in fields.items() if key not in ("files", "content", "format")})
-    with pytest.raises(BundleError, match="is another model's: it has 4096 tokens"):
-        Embedder.from_bundle(copy, "onnxruntime")
+    problem = "is another model's: it has 4096 tokens"
+    with Embedder.from_bundle(copy, "onnxruntime") as embedder, pytest.raises(BundleError, match=problem):
+        embedder.embed_texts(["a cup"])
 
 
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])

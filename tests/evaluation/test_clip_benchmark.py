@@ -37,6 +37,7 @@ def run(monkeypatch: pytest.MonkeyPatch, folder: Path, task: str, *more: str) ->
     return found
 
 
+@pytest.mark.filterwarnings("ignore:WebDataset")
 def test_clip_benchmark_finds_what_we_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "pictures").mkdir()
     task = scenes_task(tmp_path / "pictures")
