@@ -14,8 +14,9 @@ from longclip_rt.bundle.bundle import Bundle
 from longclip_rt.bundle.samples import example_captions, example_photos
 from longclip_rt.model.tokenizer import pad_tokens
 
-BATCHES = (1, 64)
-LENGTHS = (20, 77, 248)
+BATCHES = {True: (1, 64), False: (1, 8)}
+"""Rows of the batches where nothing else is asked for: on a GPU, and on a CPU."""
+
 _ROTATED = 8
 _ROTATED_BYTES = 256 << 20  # batches of pixels are large
 

@@ -12,10 +12,12 @@ from longclip_rt.model.architecture import Architecture
 BATCH = 64
 LENGTHS = (20, 77, 248)
 PAIRS = (10_000_000, 1_000_000_000, 5_000_000_000)
-SHARE = 0.25
-"""Of the bound that a fleet is reckoned to reach: what `--backend torch` reached on an H100, docs/gpu.md."""
+SHARE = 0.22
+"""Of the bound that a fleet is reckoned to reach: what `--backend torch` reached on an H100 in fp16, docs/gpu.md."""
 DECODE_SECONDS = 0.008
+"""Of one core for a photograph, an assumption: sizes differ, and `longclip-rt bench` measures it."""
 PHOTO_BYTES = 100_000
+"""Likewise."""
 
 
 @dataclass(frozen=True)
@@ -73,21 +75,29 @@ def tower_cost(architecture: Architecture, tower: str, rows: int, tokens: int | 
     return Cost(flops, weights, given + rows * arch.embed_dim)
 
 
-def fastest(architecture: Architecture, card: Card, tower: str, tokens: int | None = None) -> float:
-    """Rows a second that a card's data sheet allows in fp16, in batches of 64."""
-    cost = tower_cost(architecture, tower, BATCH, tokens)
+def fastest(architecture: Architecture, card: Card, tower: str, tokens: int | None = None, batch: int = BATCH) -> float:
+    """Rows a second that a card's data sheet allows in fp16."""
+    cost = tower_cost(architecture, tower, batch, tokens)
     least = bound(cost.flops, cost.bytes("fp16"), 1e12 * card.tflops, 1e9 * card.bandwidth)
-    return BATCH / (float(least["ms"]) / 1e3)
+    return batch / (float(least["ms"]) / 1e3)
 
 
 def tables(architecture: Architecture) -> Iterator[str]:
-    """Two tables in Markdown: what cards allow, and what a fleet needs for pairs of an image and a long text."""
-    yield f"| card | images/s | {' | '.join(f'texts/s, {tokens} tokens' for tokens in LENGTHS)} |"
-    yield f"|---|---|{'---|' * len(LENGTHS)}"
+    """Three tables in Markdown: what a model costs, what cards allow, and how long one card takes for many pairs."""
+    things: list[tuple[str, str, int | None]] = [("1 image", "image", None)]
+    things += [(f"1 text of {tokens} tokens", "text", tokens) for tokens in LENGTHS]
+    yield "| | GFLOP | MB that are read and written, fp16 |"
+    yield "|---|---|---|"
+    for name, tower, tokens in things:
+        cost = tower_cost(architecture, tower, 1, tokens)
+        yield f"| {name} | {cost.flops / 1e9:.1f} | {cost.bytes('fp16') / 1e6:.0f} |"
+    yield ""
+    yield "| card | images/s | " + " | ".join(f"texts/s, {tokens} tokens" for tokens in LENGTHS) + " | 1 image, ms |"
+    yield f"|---|---|{'---|' * len(LENGTHS)}---|"
     for card in CARDS:
-        rates = [fastest(architecture, card, "image")]
-        rates += [fastest(architecture, card, "text", tokens) for tokens in LENGTHS]
-        yield f"| {card.name} | {' | '.join(f'{rate:,.0f}' for rate in rates)} |"
+        rates = [fastest(architecture, card, tower, tokens) for _, tower, tokens in things]
+        alone = 1e3 / fastest(architecture, card, "image", batch=1)
+        yield f"| {card.name} | {' | '.join(f'{rate:,.0f}' for rate in rates)} | {alone:.2f} |"
     yield ""
     counts = " | ".join(f"{pairs:,} pairs" for pairs in PAIRS)
     yield f"| card | pairs/s | {counts} | cores to decode | Gbit/s |"

@@ -51,7 +51,7 @@ _REFERENCES = ("open_clip", "torch.compile", "transformers", "plain-onnxruntime"
               help="Measure beside what one would use instead; reference is all four.")  # fmt: skip
 @click.option("--tower", "towers", type=_Several(("text", "image")), default="text,image", show_default=True,
               help="Encoders.")  # fmt: skip
-@click.option("--batch", "batches", type=_Several(), default="1,64", show_default=True, help="Rows in a batch.")
+@click.option("--batch", "batches", type=_Several(), help="Rows in a batch. Default: 1,64 on a GPU, else 1,8.")
 @click.option("--tokens", "lengths", type=_Several(), default="20,77,248", show_default=True, help="Lengths of texts.")
 @click.option("--rounds", type=click.IntRange(1), default=4, show_default=True, help="Turns of each way in each case.")
 @click.option("--seconds", type=click.FloatRange(0, min_open=True), default=2.0, show_default=True,
@@ -71,7 +71,7 @@ def bench(
     precisions: tuple[str, ...],
     against: tuple[str, ...] | None,
     towers: tuple[str, ...],
-    batches: tuple[int, ...],
+    batches: tuple[int, ...] | None,
     lengths: tuple[int, ...],
     rounds: int,
     seconds: float,
@@ -90,7 +90,7 @@ def bench(
       longclip-rt bench --backend openvino,onnxruntime --precision fp32 --against reference
       longclip-rt bench --weights random:ViT-B-16 --backend torch --precision fp16,fp32 --json card.json
     """
-    from longclip_rt.bench.cases import cases
+    from longclip_rt.bench.cases import BATCHES, cases
     from longclip_rt.bench.compare import changes, lines, load_results
     from longclip_rt.bench.measure import BenchOptions, run_bench
     from longclip_rt.bench.plot import check_plot, plot
@@ -107,7 +107,7 @@ def bench(
 
     with model(bundle, weights, say) as opened:
         ways, on_gpu = ways_of(opened, backends, precisions, _REFERENCES if "reference" in (against or ()) else against)
-        chosen = cases(towers, batches, lengths, opened.architecture.context_length)
+        chosen = cases(towers, batches or BATCHES[on_gpu], lengths, opened.architecture.context_length)
         rounds, seconds = (2, 0.2) if quick else (rounds, seconds)
         results = run_bench(opened, BenchOptions(ways, chosen, on_gpu, seconds, rounds), say)
     click.echo("\n".join(table(results)))

@@ -82,7 +82,7 @@ def test_a_card_is_never_faster_than_its_products() -> None:
     architecture = load_bundle(TINY).architecture
     flops = tower_cost(architecture, "image", 64).flops / 64
     assert all(fastest(architecture, card, "image") * flops <= 1e12 * card.tflops * 1.0001 for card in CARDS)
-    assert len(list(tables(architecture))) == 2 * (2 + len(CARDS)) + 1
+    assert len(list(tables(architecture))) == (2 + 4) + 2 * (1 + 2 + len(CARDS))
 
 
 def test_the_page_holds_what_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
