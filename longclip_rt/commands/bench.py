@@ -53,7 +53,7 @@ _REFERENCES = ("open_clip", "torch.compile", "transformers", "plain-onnxruntime"
               help="Encoders.")  # fmt: skip
 @click.option("--batch", "batches", type=_Several(), help="Rows in a batch. Default: 1,64 on a GPU, else 1,8.")
 @click.option("--tokens", "lengths", type=_Several(), default="20,77,248", show_default=True, help="Lengths of texts.")
-@click.option("--rounds", type=click.IntRange(1), default=4, show_default=True, help="Turns of each way in each case.")
+@click.option("--rounds", type=click.IntRange(2), default=4, show_default=True, help="Turns of each way in each case.")
 @click.option("--seconds", type=click.FloatRange(0, min_open=True), default=2.0, show_default=True,
               help="Of each way in each case, all rounds together, warm-up aside.")  # fmt: skip
 @click.option("--quick", is_flag=True, help="2 rounds of 0.1 seconds.")
