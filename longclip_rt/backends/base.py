@@ -53,6 +53,7 @@ class Backend(ABC):
         batch_size: Images in a batch, a good default.
         pad_multiple: Text batches are padded to a multiple of this many tokens.
         takes_crops: Whether the image tower takes crops too, and normalises them where it runs.
+        not_apart: Which stages `timed` cannot tell apart, in words.
         opens_in_forks: Whether its library can be used anew in a fork of a process that has used it.
 
     Raises:
@@ -64,8 +65,8 @@ class Backend(ABC):
     batch_size: int = 8
     pad_multiple: int = 8
     concurrency: int = 1
-    opens_in_forks: ClassVar[bool] = False
     not_apart: str = "copies, encoder and head are one call of the library"
+    opens_in_forks: ClassVar[bool] = False
 
     def __init__(self, bundle: Bundle, precision: str) -> None:
         if _first_opened.setdefault(type(self), os.getpid()) != os.getpid() and not self.opens_in_forks:
@@ -155,6 +156,23 @@ class Backend(ABC):
                     return _finite(tower, given, results)
         return _finite(tower, given, self._run(tower, given, names))
 
+    def timed(self, tower: str, inputs: NDArray[np.generic]) -> dict[str, float]:
+        """Runs one tower, and takes the time of the stages that the backend can tell apart.
+
+        Args:
+            tower: `text` or `image`.
+            inputs: As for `run`.
+
+        Returns:
+            Seconds, under some of the names `copy in`, `encoder`, `head`, `copy out`.
+
+        Raises:
+            BackendError: As for `run`.
+        """
+        started = time.perf_counter()
+        self.run(tower, inputs)
+        return {"encoder": time.perf_counter() - started}
+
     def images(self, crops: NDArray[np.uint8]) -> NDArray[np.generic]:
         """What `run` takes for cropped images [B, H, W, 3] uint8.
 
@@ -176,23 +194,6 @@ class Backend(ABC):
             f"The {self.name} backend on {self.device} takes numpy arrays. Tensors on a GPU are taken by "
             f"--backend torch on that GPU; got {type(inputs).__name__}."
         )
-
-    def timed(self, tower: str, inputs: NDArray[np.generic]) -> dict[str, float]:
-        """Runs one tower, and takes the time of the stages that the backend can tell apart.
-
-        Args:
-            tower: `text` or `image`.
-            inputs: As for `run`.
-
-        Returns:
-            Seconds, under some of the names `copy in`, `encoder`, `head`, `copy out`.
-
-        Raises:
-            BackendError: As for `run`.
-        """
-        started = time.perf_counter()
-        self.run(tower, inputs)
-        return {"encoder": time.perf_counter() - started}
 
     def check_process(self) -> None:
         """Makes sure that this process opened the backend.

@@ -43,8 +43,12 @@ class Contender(ABC):
         """Tokens that a batch of texts of `tokens` tokens is computed for."""
 
     @abstractmethod
+    def images(self, crops: Array) -> Array:
+        """Crops [B, n, n, 3] uint8 as the contender takes images: so, or as pixels [B, 3, n, n] float32."""
+
+    @abstractmethod
     def run(self, tower: str, inputs: Array) -> Array:
-        """Ids [B, S] int32 or pixels [B, 3, H, W] float32 to embeddings [B, D] float32, all in ordinary memory."""
+        """Ids [B, S] int32, or what `images` gives, to embeddings [B, D] float32, all in ordinary memory."""
 
     def parts(self, tower: str, inputs: Array) -> Mapping[str, float]:
         """Seconds of the stages of one such run that can be told apart."""
@@ -67,6 +71,10 @@ class Ours(Contender):
         """Up to the backend's next length."""
         return padded_length(tokens, self._backend.pad_multiple, self._context, self._backend.buckets)
 
+    def images(self, crops: Array) -> Array:
+        """As the backend takes them."""
+        return self._backend.images(crops)
+
     def run(self, tower: str, inputs: Array) -> Array:
         """One call."""
         return self._backend.run(tower, inputs)[0]
@@ -80,11 +88,15 @@ class Reference(Contender):
     """Something else on the same weights."""
 
     def __init__(self, bundle: Bundle) -> None:
-        self._context = bundle.architecture.context_length
+        self._context, self._transform = bundle.architecture.context_length, bundle.transform
 
     def length(self, tokens: int) -> int:
         """The context."""
         return self._context
+
+    def images(self, crops: Array) -> Array:
+        """Normalised."""
+        return self._transform.normalize(crops)
 
 
 class TorchReference(Reference):

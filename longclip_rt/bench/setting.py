@@ -56,5 +56,7 @@ def ways_of(
 
 
 def _chosen(name: str) -> str:
-    """What `auto` stands for: the first usable backend."""
-    return next(each for each in AUTO_ORDER if availability(each).usable) if name == "auto" else name
+    """What `auto` stands for: the first usable backend; `torch` on a GPU alone."""
+    if name != "auto":
+        return name
+    return next(each for each in AUTO_ORDER if availability(each).usable and (each != "torch" or runs_on_gpu(each)))
