@@ -28,12 +28,21 @@ TRAIN = [
     "webdataset>=0.2.100",
 ]
 
+# Other evaluators, open_clip's class names and templates, and data in shards; `evaluate` runs without on much else.
+EVALUATE = [
+    "clip-benchmark>=1.6.2",
+    "mteb>=2.26",
+    "open_clip_torch>=3.0",
+    "webdataset>=0.2.100",
+]
+
 # Libraries that a bundle can be put into, each with the extra of its name.
 SENTENCE_TRANSFORMERS = ["sentence-transformers>=6.0", "torch>=2.9"]
 
 # What the tests need beside the package; not ONNX Runtime, of which there is one for CPUs and one for GPUs.
 TEST = [
     *TRAIN,
+    *EVALUATE,
     *RTX,
     *SENTENCE_TRANSFORMERS,
     "hypothesis>=6.100",
@@ -89,6 +98,7 @@ setup(
         "rtx": RTX,
         "export": EXPORT,
         "train": TRAIN,
+        "evaluate": EVALUATE,
         "sentence-transformers": SENTENCE_TRANSFORMERS,
         "plot": ["matplotlib>=3.8"],
         "test": TEST,

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from longclip_rt.backends.base import INPUT_NAMES, Backend, Float32
 from longclip_rt.bundle.bundle import Bundle, int8_name
 from longclip_rt.errors import BackendError
+from longclip_rt.system.forks import ends_in_forks
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 _CAPABILITIES = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16"}
@@ -26,7 +27,9 @@ def shared_core(openvino: ModuleType) -> Any:
     Of several cores that are not dropped in the reverse order, the last one puts back the stack of one that is gone;
     the next signal, be it Ctrl-C or the end of a child process, then ends the process by a segmentation fault.
     """
-    return openvino.Core()
+    core = openvino.Core()
+    ends_in_forks(core)
+    return core
 
 
 def openvino_precisions() -> list[str]:
@@ -142,7 +145,7 @@ class OpenVinoBackend(Backend):
             with self._lock:
                 self._idle[tower].append(request)
 
-    def close(self) -> None:
+    def _close(self) -> None:
         """Releases the compiled encoders."""
         with self._lock:
             self._idle = {"text": [], "image": []}

@@ -100,6 +100,7 @@ class RetrievalReport:
             self._cells(f"{made.label}, {_GROUPS[group]}", one["by_length"][group])
             for made, one in zip(self.made, found, strict=True)
             for group in (UP_TO, BEYOND)
+            if one["by_length"][group]["texts"]
         ]
         parts.append(markdown_table(["by length of the caption", *header[1:]], by_length))
         if compared := self.compared:
@@ -164,7 +165,7 @@ def evaluate_retrieval(
 
         def work(embedder: Embedder) -> Embedded:
             if not collections:  # scenes are drawn, and cut to length, for the first model
-                collections.append(load_collection(data, entry, embedder, embedder.image_size))
+                collections.append(load_collection(data, entry, embedder, embedder.image_size, bars))
                 tokenizers.append(embedder.tokenizer)
             found = collections[0]
             return embedded(entry, embedder, found.images, found.texts, batch_size, bars)
@@ -181,7 +182,7 @@ def evaluate_retrieval(
         collection,
         kept,
         tuple(made for made, _ in results),
-        tuple(retrieve(collection, kept, one) for _, one in results),
+        tuple(retrieve(collection, kept, one, bars) for _, one in results),
         tokenizers[0],
         sum(one.computed for _, one in results),
     )

@@ -35,7 +35,7 @@ class Watched(Backend):
         self.inside -= 1
         return [np.zeros((len(inputs), self.bundle.architecture.embed_dim), np.float32)]
 
-    def close(self) -> None:
+    def _close(self) -> None:
         pass
 
 

@@ -12,7 +12,7 @@ from layout_cases import put_lines
 from longclip_rt.bundle.bundle import BUILT_IN
 from longclip_rt.cli import main
 from longclip_rt.commands.evaluate import evaluate
-from longclip_rt.errors import InputError
+from longclip_rt.errors import BackendError, InputError
 from longclip_rt.evaluation.collection import Collection
 from longclip_rt.evaluation.data import DataName
 from longclip_rt.evaluation.figures import Figure, difference
@@ -21,6 +21,7 @@ from longclip_rt.evaluation.published import published_for
 from longclip_rt.evaluation.retrieval import BEYOND, UP_TO, retrieve
 from longclip_rt.evaluation.retrieval_run import RetrievalReport, evaluate_retrieval
 from longclip_rt.evaluation.vectors import Embedded
+from longclip_rt.runtime import Embedder
 
 MODEL = BUILT_IN
 SPEC = ModelSpec(MODEL, "onnxruntime", "fp32")
@@ -121,6 +122,18 @@ def test_embeddings_are_kept_while_bundle_and_data_are_the_same(tmp_path: Path) 
     more = pairs(tmp_path, {"image": str(EXAMPLES / "scenes/scene-4.png"), "caption": "A scene"})
     assert run(more, cache=tmp_path / "cache").computed == 10
     assert evaluate_retrieval(more, [SPEC], cache=tmp_path / "cache", fresh=True).computed == 10
+
+
+def test_a_run_that_failed_goes_on_with_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Embedder, ids: object) -> None:
+        raise BackendError("the machine went down")
+
+    data = pairs(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Embedder, "encode_tokens", fail)
+        with pytest.raises(BackendError, match="went down"):
+            run(data, cache=tmp_path / "cache")
+    assert run(data, cache=tmp_path / "cache").computed == 4  # the texts; the images were kept
 
 
 def test_a_changed_picture_is_embedded_anew(tmp_path: Path) -> None:
