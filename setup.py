@@ -21,6 +21,8 @@ LINUX = "platform_system == 'Linux' and platform_machine == 'x86_64'"
 # What builds TensorRT-RTX engines, on any machine; ONNX, since the graphs are changed a little on the way.
 RTX = [f"tensorrt-rtx>=1.7; {LINUX}", "onnx>=1.18"]
 
+INT8 = ["nncf>=3.0"]  # it holds numpy below 2.5
+
 TRAIN = [
     *EXPORT,
     "matplotlib>=3.8",
@@ -44,6 +46,7 @@ TEST = [
     *TRAIN,
     *EVALUATE,
     *RTX,
+    *INT8,
     *SENTENCE_TRANSFORMERS,
     "hypothesis>=6.100",
     "pytest>=8.0",
@@ -97,6 +100,7 @@ setup(
         "tensorrt": ["tensorrt>=10.14", "onnx>=1.18"],
         "rtx": RTX,
         "export": EXPORT,
+        "int8": INT8,
         "train": TRAIN,
         "evaluate": EVALUATE,
         "sentence-transformers": SENTENCE_TRANSFORMERS,

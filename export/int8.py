@@ -25,12 +25,12 @@ from longclip_rt.system.extras import require
 ALPHAS = (0.5, 0.6, 0.7, 0.95)
 """How much of an activation's outliers moves into the weights; the last is NNCF's own choice."""
 
-LEAST, MOST = 8, 128
+LEAST, MOST = 16, 128
 """Inputs of a kind that are worth calibrating on, and that are used at most."""
 
 
 @dataclass(frozen=True)
-class Sample:
+class Int8Sample:
     """What int8 is calibrated on, or judged on.
 
     Attributes:
@@ -57,7 +57,7 @@ class _Halves:
 
 
 def write_int8(
-    bundle: Bundle, sample: Sample | None, progress: Callable[[str], None], alphas: Sequence[float] = ALPHAS
+    bundle: Bundle, sample: Int8Sample | None, progress: Callable[[str], None], alphas: Sequence[float] = ALPHAS
 ) -> tuple[dict[str, Any], list[Check]]:
     """Writes both towers in int8 beside their fp32 graphs.
 
@@ -104,7 +104,9 @@ def write_int8(
         report["calibrated_on"][tower] = {"inputs": len(halves.calibration), "from": halves.name}
     found = fidelity(got, expected)
     report["fidelity"] = {tower: found[tower].to_dict() for tower in TOWERS}
-    return report, [check for tower in TOWERS for check in found[tower].checks("openvino", "int8", tower)]
+    return report, [
+        check for tower in TOWERS for check in found[tower].checks("openvino", "int8", tower, bundle.trained)
+    ]
 
 
 def _quantised(nncf: Any, model: Any, inputs: Inputs, alpha: float) -> Any:
@@ -123,20 +125,22 @@ def _vectors(compiled: Any, tower: str, inputs: Inputs) -> Float32:
     return np.concatenate([compiled({INPUT_NAMES[tower]: each})[EMBEDDINGS[tower]] for each in inputs])
 
 
-def _texts(bundle: Bundle, sample: Sample | None) -> _Halves:
+def _texts(bundle: Bundle, sample: Int8Sample | None) -> _Halves:
     named = sample is not None and len(sample.texts) >= LEAST
     texts = _spread(sample.texts if named and sample else parity_texts(bundle.tokenizer))
     ids: Inputs = [tokens.ids[None] for tokens in bundle.tokenizer.encode(texts)]
     return _Halves(ids[::2], ids[1::2], sample.name if named and sample else "the captions of the package")
 
 
-def _images(bundle: Bundle, sample: Sample | None) -> _Halves:
+def _images(bundle: Bundle, sample: Int8Sample | None) -> _Halves:
     if sample is not None and len(sample.images) >= LEAST:
         pixels = [bundle.transform(path)[None] for path in _spread(sample.images)]
         return _Halves(pixels[::2], pixels[1::2], sample.name)
     photos = example_photos()
-    halves = [[view for photo in half for view in _views(bundle, photo)] for half in (photos[::2], photos[1::2])]
-    return _Halves(*halves, "the photographs of the package and parts of them")
+    calibration, judging = (
+        [view for photo in half for view in _views(bundle, photo)] for half in (photos[::2], photos[1::2])
+    )
+    return _Halves(calibration, judging, "the photographs of the package and parts of them")
 
 
 def _views(bundle: Bundle, path: Path) -> Iterator[NDArray[Any]]:

@@ -92,7 +92,7 @@ def read_fields(directory: Path, needed: Mapping[str, list[str]]) -> dict[str, A
 
     Args:
         directory: The bundle's.
-        needed: Files that it must list: for each precision (`fp32`, `fp16`, `int8`), for a `pca`, and in any case (`all`).
+        needed: Files that it must list: for each precision, for a `pca`, for `int8`, and in any case (`all`).
 
     Raises:
         BundleError: There is none, or a field is absent, of another type, out of its range, or altered.
