@@ -21,6 +21,8 @@ LINUX = "platform_system == 'Linux' and platform_machine == 'x86_64'"
 # What builds TensorRT-RTX engines, on any machine; ONNX, since the graphs are changed a little on the way.
 RTX = [f"tensorrt-rtx>=1.7; {LINUX}", "onnx>=1.18"]
 
+INT8 = ["nncf>=3.0"]  # it holds numpy below 2.5
+
 TRAIN = [
     *EXPORT,
     "matplotlib>=3.8",
@@ -53,6 +55,7 @@ TEST = [
     *DIFFUSERS,
     *FAISS,
     *LANCE,
+    *INT8,
     *SENTENCE_TRANSFORMERS,
     "datasets>=4.0",
     "duckdb>=1.4",
@@ -111,6 +114,7 @@ setup(
         "tensorrt": ["tensorrt>=10.14", "onnx>=1.18"],
         "rtx": RTX,
         "export": EXPORT,
+        "int8": INT8,
         "train": TRAIN,
         "evaluate": EVALUATE,
         "diffusers": DIFFUSERS,

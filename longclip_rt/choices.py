@@ -11,7 +11,8 @@ GPU_BACKENDS = (*LIBRARIES, "onnxruntime-cuda")
 BACKENDS = (*GPU_BACKENDS, "openvino", "onnxruntime", "torch")
 """Every backend, as `--backend` takes them."""
 
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+"""`int8` is of bundles exported with it, on the openvino backend, and never what `auto` takes."""
 
 PCA_MODES = ("project", "reconstruct")
 

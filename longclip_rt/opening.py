@@ -88,7 +88,7 @@ def availability(name: str) -> Availability:
         if why is not None:
             return Availability(name, False, reason=why[0], remedy=why[1])
         return Availability(name, True, ("fp16", "fp32"))
-    return Availability(name, True, ("fp32", "fp16") if name == "onnxruntime" else PRECISIONS)
+    return Availability(name, True, ("fp32", "fp16") if name == "onnxruntime" else ("fp32", "bf16", "fp16"))
 
 
 def _not_importable(name: str) -> tuple[str, str] | None:
@@ -138,19 +138,17 @@ def open_backend(
     passed_over: list[str] = []
     for name in AUTO_ORDER if backend == "auto" else (backend,):
         state = availability(name)
-        offered = [
-            each for each in state.precisions if not _reads_fp16(name) or each != "fp16" or "fp16" in bundle.precisions
-        ]
+        offered = _offered(state, bundle)
         if devices is not None and not runs_on_gpu(name):
             passed_over.append(f"{name} runs on the CPU, and GPUs were asked for")
         elif backend == "auto" and name == "torch" and not (state.usable and runs_on_gpu(name)):
             passed_over.append("torch sees no GPU, and is slower than the others on a CPU")
         elif not state.usable:
             passed_over.append(f"{name}: {state.reason}; mend it with: {state.remedy}")
-        elif precision != "auto" and precision not in state.precisions:
+        elif precision != "auto" and precision not in (*state.precisions, "int8" if name == "openvino" else ""):
             passed_over.append(f"{name} does not compute in {precision} here, only in {', '.join(state.precisions)}")
         elif precision != "auto" and precision not in offered:
-            passed_over.append(f"{name}: {bundle.path} was exported without --fp16")
+            passed_over.append(f"{name}: {bundle.path} was exported without --{precision}")
         else:
             chosen = precision
             if precision == "auto":
@@ -184,6 +182,13 @@ def _checked_devices(devices: Iterable[SupportsIndex]) -> list[int]:
     if not numbers or len(set(numbers)) < len(numbers) or min(numbers) < 0:
         raise BackendError(f"Devices are numbers of GPUs from 0, each once, such as [0, 1]; got {devices!r}.")
     return numbers
+
+
+def _offered(state: Availability, bundle: Bundle) -> list[str]:
+    """The precisions of a backend that the bundle has what they need of; int8 last, which `auto` takes never."""
+    needs_graphs = _reads_fp16(state.name) and "fp16" not in bundle.precisions
+    found = [each for each in state.precisions if each != "fp16" or not needs_graphs]
+    return [*found, "int8"] if state.name == "openvino" and bundle.has_int8 else found
 
 
 def _reads_fp16(name: str) -> bool:
