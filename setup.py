@@ -31,17 +31,27 @@ TRAIN = [
 # Libraries that a bundle can be put into, each with the extra of its name.
 SENTENCE_TRANSFORMERS = ["sentence-transformers>=6.0", "torch>=2.9"]
 
+SERVE = [
+    "fastapi>=0.115",
+    "httptools>=0.6",
+    "prometheus-client>=0.20",
+    "python-multipart>=0.0.18",
+    "uvicorn>=0.54",
+]
+
 # What the tests need beside the package; not ONNX Runtime, of which there is one for CPUs and one for GPUs.
 TEST = [
     *TRAIN,
     *RTX,
     *SENTENCE_TRANSFORMERS,
     "hypothesis>=6.100",
+    "openai>=1.60",
     "pytest>=8.0",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
     "PyYAML>=6.0",
     "regex>=2024.0",
+    "schemathesis>=4.0",
     "scikit-learn>=1.4",
     "torchvision>=0.24",
     "transformers>=5.0",
@@ -90,6 +100,7 @@ setup(
         "export": EXPORT,
         "train": TRAIN,
         "sentence-transformers": SENTENCE_TRANSFORMERS,
+        "serve": SERVE,
         "plot": ["matplotlib>=3.8"],
         "test": TEST,
         "dev": [
