@@ -44,8 +44,10 @@ TEST = [
     *TRAIN,
     *RTX,
     *SENTENCE_TRANSFORMERS,
+    *SERVE,
     "hypothesis>=6.100",
     "openai>=1.60",
+    "playwright>=1.40",  # drives a Chromium that is installed; without one its tests are skipped
     "pytest>=8.0",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
@@ -73,6 +75,7 @@ setup(
             "assets/examples/captions.json",
             "assets/examples/photos/*.jpg",
             "assets/examples/unicode.txt",
+            "serving/page/*",
             "assets/tiny/*",  # the built-in model: an exported bundle and its model card
         ]
     },

@@ -99,10 +99,10 @@ def serve(
 
     for module in ("fastapi", "uvicorn", "prometheus_client", "python_multipart"):
         require(module, "serve")
-    from longclip_rt.serving.app import Options
     from longclip_rt.serving.bounds import Bounds
     from longclip_rt.serving.run import Address, Model
     from longclip_rt.serving.run import serve as run
+    from longclip_rt.serving.server import Options
 
     limits = Bounds(
         body_bytes=bounds["max_body"] << 20,

@@ -19,7 +19,8 @@ from uvicorn.supervisors import Multiprocess
 
 from longclip_rt.errors import OutputError
 from longclip_rt.runtime import Embedder
-from longclip_rt.serving.app import Options, create_app
+from longclip_rt.serving.app import create_app
+from longclip_rt.serving.server import Options
 from longclip_rt.system.closing import closed_after
 
 logger = logging.getLogger("longclip_rt")

@@ -13,7 +13,8 @@ import pytest
 import uvicorn
 
 from longclip_rt import Embedder
-from longclip_rt.serving.app import Options, create_app
+from longclip_rt.serving.app import create_app
+from longclip_rt.serving.server import Options
 
 DEFAULT = Options()
 Serve = Callable[..., contextlib.AbstractContextManager[str]]

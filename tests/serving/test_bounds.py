@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from longclip_rt import Embedder
-from longclip_rt.serving.app import Options
 from longclip_rt.serving.bounds import Bounds
+from longclip_rt.serving.server import Options
 
 
 class Held(Embedder):
