@@ -28,6 +28,14 @@ TRAIN = [
     "webdataset>=0.2.100",
 ]
 
+# Other evaluators, open_clip's class names and templates, and data in shards; `evaluate` runs without on much else.
+EVALUATE = [
+    "clip-benchmark>=1.6.2",
+    "mteb>=2.26",
+    "open_clip_torch>=3.0",
+    "webdataset>=0.2.100",
+]
+
 # Libraries that a bundle can be put into, each with the extra of its name.
 SENTENCE_TRANSFORMERS = ["sentence-transformers>=6.0", "torch>=2.9"]
 
@@ -39,19 +47,34 @@ SERVE = [
     "uvicorn>=0.54",
 ]
 
+# onnx: the final norm is read from the graph.
+DIFFUSERS = ["diffusers>=0.35", "onnx>=1.18", "torch>=2.9", "transformers>=5.0"]
+
+LANCE = ["lancedb>=0.30", "pylance>=4.0"]
+FAISS = ["faiss-cpu>=1.13"]
+
 # What the tests need beside the package; not ONNX Runtime, of which there is one for CPUs and one for GPUs.
 TEST = [
     *TRAIN,
+    *EVALUATE,
     *RTX,
+    *DIFFUSERS,
+    *FAISS,
+    *LANCE,
     *SENTENCE_TRANSFORMERS,
     *SERVE,
+    "datasets>=4.0",
+    "duckdb>=1.4",
     "hypothesis>=6.100",
     "openai>=1.60",
+    "pandas>=2.2",
     "playwright>=1.40",  # drives a Chromium that is installed; without one its tests are skipped
+    "polars>=1.30",
     "pytest>=8.0",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
     "PyYAML>=6.0",
+    "qdrant-client>=1.16",
     "regex>=2024.0",
     "schemathesis>=4.0",
     "scikit-learn>=1.4",
@@ -102,6 +125,10 @@ setup(
         "rtx": RTX,
         "export": EXPORT,
         "train": TRAIN,
+        "evaluate": EVALUATE,
+        "diffusers": DIFFUSERS,
+        "faiss": FAISS,
+        "lance": LANCE,
         "sentence-transformers": SENTENCE_TRANSFORMERS,
         "serve": SERVE,
         "plot": ["matplotlib>=3.8"],

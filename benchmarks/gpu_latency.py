@@ -170,7 +170,7 @@ def main() -> None:
                 }
             )  # fmt: skip
             print(*rows[-1].values(), sep="  ", file=sys.stderr, flush=True)
-    save_table(f"gpu_latency_{options.model}", rows)
+    save_table(f"gpu_latency{'_onnxruntime' if options.onnxruntime else ''}_{options.model}", rows)
 
 
 if __name__ == "__main__":

@@ -61,8 +61,8 @@ PHASES = (
     Phase(
         "details",
         "tiny-long",
-        "scenes:1000000@5?things=2-9&twins=1&prompts=0.25",
-        2000,
+        "scenes:1000000@6?things=2-6&alike=4&by=detail&prompts=0.25",
+        1500,
         {"positions": "none", "label_smoothing": 0.0, "logit_scale": 4.0, "lr": 1e-3, "warmup_steps": 100},
     ),
 )

@@ -24,6 +24,7 @@ COMMANDS = {
     "pca": "Fit a PCA that makes vectors shorter.",
     "convert": "Write weights in another library's layout.",
     "engine": "Build TensorRT engines of a bundle, list them, and check them on the GPU.",
+    "bench": "Measure how fast the backends are here.",
     "kernels": "Compile the Triton kernels ahead of time.",
     "info": "Show what can be used on this machine.",
 }

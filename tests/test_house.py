@@ -17,7 +17,7 @@ FLOORS = (
     {"commands"},
     {"evaluation"},
     {"train", "integrations", "serving"},
-    {"embedding", "search"},
+    {"bench", "embedding", "search"},
     {"export"},
     {"runtime"},
     {"opening"},

@@ -14,7 +14,7 @@ from longclip_rt.system.streams import told_at_best
 if TYPE_CHECKING:
     from longclip_rt.embedding.pipeline import EmbedReport
 
-_SUFFIXES = (".parquet", ".npy", ".jsonl")
+_SUFFIXES = (".parquet", ".npy", ".jsonl", ".lance", ".faiss")
 _STOPPED = "Stopped. Give the same command again to go on, or add --restart to begin anew."
 
 
@@ -27,7 +27,7 @@ def _output_name(context: click.Context, parameter: click.Parameter, value: Path
 
 _SECTIONS = {
     "Input": ("texts", "column", "truncate", "max_stream"),
-    "Output": ("output", "dtype", "pca", "pca_mode", "overwrite", "allow_rejects"),
+    "Output": ("output", "dtype", "index", "pca", "pca_mode", "overwrite", "allow_rejects"),
     "Model and machine": ("bundle", "backend", "precision", "devices", "batch_size", "workers"),
     "Begun work": ("restart", "shard_size"),
 }
@@ -41,8 +41,9 @@ _SECTIONS = {
     "output",
     type=click.Path(path_type=Path),
     callback=_output_name,
-    help="Where to write: .parquet, .npy (with .ids.jsonl and .meta.json beside it) or .jsonl (with .meta.json). "
-    "Default: the list's stem with .parquet, in the working directory.",
+    help="Where to write: .parquet, .npy (with .ids.jsonl and .meta.json beside it), .jsonl (with .meta.json), .lance "
+    "(a table of Lance and LanceDB) or .faiss (an index, with .ids.jsonl and .meta.json). Default: the list's stem "
+    "with .parquet, in the working directory.",
 )
 @click.option(
     "--bundle",
@@ -82,6 +83,13 @@ _SECTIONS = {
     default="float32",
     show_default=True,
     help="Number format of the vectors written.",
+)
+@click.option(
+    "--index",
+    type=click.Choice(["flat", "hnsw", "ivf-pq"]),
+    default="flat",
+    show_default=True,
+    help="What .faiss is searched with; .lance takes flat and ivf-pq. flat is exact, the others approximate.",
 )
 @click.option("--texts", is_flag=True, help="Each line is itself a text, and not the name of a file.")
 @click.option(
@@ -140,6 +148,7 @@ def embed(
       longclip-rt embed files.txt
       longclip-rt embed photos/ -o photos.parquet
       longclip-rt embed captions.txt --texts -o captions.npy --dtype float16
+      longclip-rt embed files.txt -o files.lance --index ivf-pq
       longclip-rt embed files.txt --backend tensorrt --devices 0,1
       longclip-rt embed files.txt -o short.parquet --pca pca.safetensors
       longclip-rt embed pairs.jsonl --texts --column long_caption --no-truncate

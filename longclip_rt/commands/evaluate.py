@@ -186,6 +186,53 @@ def retrieval(
         click.echo(f"Wrote {html_file}.", err=True)
 
 
+@evaluate.command(
+    "zero-shot",
+    cls=SectionedCommand,
+    sections={"Data": ("data", "templates", "classes"), **_SECTIONS, "Report": _REPORT},
+)
+@click.option(
+    "--data",
+    required=True,
+    metavar="[KIND:]PATH",
+    help="A folder with a folder of pictures for each class, ImageNet's validation images, CIFAR-10 or CIFAR-100 as "
+    "downloaded, or scenes:N. Kinds, where the layout does not tell: folder, imagenet, cifar10, cifar100.",
+)
+@click.option(
+    "--templates",
+    metavar="NAME|FILE",
+    help="Prompts: photo (one), openai-80 or simple-7 (open_clip's), or a file with one a line and {} for the class. "
+    "Default: photo for folders, openai-80 for ImageNet and CIFAR.",
+)
+@click.option(
+    "--classes",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Names of the classes, one a line in their order, or folder, tab and name. Default: the data set's own.",
+)
+@_compares
+def zero_shot(data: str, templates: str | None, classes: Path | None, **options: Any) -> None:
+    """Classify images by the nearest class name: top-1, top-5, and the mean over classes.
+
+    A class is the mean of its prompts' embeddings. Scenes are asked for two things: the kind of their main thing, and
+    its colour.
+
+    \b
+    Examples:
+      longclip-rt evaluate zero-shot --data scenes:1000
+      longclip-rt evaluate zero-shot --data photos-by-class/ --templates templates.txt --json classes.json
+      longclip-rt evaluate zero-shot --data imagenet/val --baseline torch
+      longclip-rt evaluate zero-shot --data cifar-100-python/ --compare onnxruntime,fp16
+    """
+    from longclip_rt.evaluation.classes import classes_from_name
+    from longclip_rt.evaluation.zero_shot_run import evaluate_zero_shot
+
+    name = classes_from_name(data, templates, classes)
+    with _told(options) as run:
+        report = evaluate_zero_shot(name, **run)
+    _write(report, options)
+
+
 def _specs(options: dict[str, Any]) -> list[ModelSpec]:
     """The baseline first, where there is one."""
     from longclip_rt.evaluation.models import ModelSpec, spec_from_text
@@ -223,7 +270,10 @@ def _write(report: _Report, options: dict[str, Any]) -> None:
 
     found = report.as_json()
     contents = {
-        "json_file": lambda: json.dumps(found, indent=1, ensure_ascii=False) + "\n",
+        # What UTF-8 cannot hold, such as file names in other encodings, is escaped.
+        "json_file": lambda: (
+            json.dumps(found, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace").decode() + "\n"
+        ),
         "csv_file": report.as_csv,
         "markdown_file": report.as_markdown,
     }

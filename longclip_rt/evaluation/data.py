@@ -8,16 +8,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from longclip_rt.embedding.pipeline import Progress
 from longclip_rt.embedding.tasks import Encoder
 from longclip_rt.errors import InputError
 from longclip_rt.evaluation.cache import Entry
 from longclip_rt.evaluation.collection import Collection, Item, Skipped, collect
-from longclip_rt.evaluation.layouts import READERS, Found, Layout
+from longclip_rt.evaluation.layouts import KARPATHY_FILES, READERS, Found, Layout
+from longclip_rt.evaluation.vectors import Bars, NoBar
 from longclip_rt.train.data.rows import BadRow, Row
 from longclip_rt.train.data.sources import Naming, Part, open_part
 from longclip_rt.train.data.table_files import Columns
 from longclip_rt.train.data.tables import TablePart, load_table
 from longclip_rt.train.scenes.rows import PREFIX, Scenes, scenes_from_name
+
+DEFAULT_SCENES = "1000"
+"""Scenes where no number is given: a minute's work for the built-in model."""
 
 KINDS = (*READERS, "table", "webdataset", "scenes")
 """What a data set's name may begin with."""
@@ -41,6 +46,14 @@ class DataName:
     split: str = "test"
     columns: Columns = field(default_factory=Columns)
 
+    @property
+    def file_name(self) -> str:
+        """Its file's name; of Karpathy's splits that which a folder holds, since it tells COCO from Flickr30k."""
+        path = Path(self.path)
+        if self.kind == "karpathy":
+            return Layout(path, None, self.split).file(KARPATHY_FILES).name
+        return path.name
+
     def as_json(self) -> dict[str, Any]:
         """What tells it from others, and stands in a report."""
         folder = None if self.images is None else str(self.images.absolute())
@@ -57,12 +70,14 @@ def data_from_name(name: str, images: Path | None, split: str, columns: Columns)
         InputError: There is no such kind, or nothing stands behind the colon.
     """
     kind, colon, path = name.partition(":")
+    if kind == "scenes" and not path:
+        colon, path = ":", DEFAULT_SCENES
     if not colon or kind not in KINDS or not path:
         raise InputError(f"{name!r} is not understood. Write KIND:PATH with one of the kinds {', '.join(KINDS)}.")
     return DataName(kind, path, images, split, columns)
 
 
-def load_collection(data: DataName, entry: Entry, encoder: Encoder, image_size: int) -> Collection:
+def load_collection(data: DataName, entry: Entry, encoder: Encoder, image_size: int, bars: Bars = NoBar) -> Collection:
     """Reads a data set.
 
     Args:
@@ -70,21 +85,22 @@ def load_collection(data: DataName, entry: Entry, encoder: Encoder, image_size: 
         entry: Where pictures that are no files are written.
         encoder: Counts the tokens of captions that are made to measure.
         image_size: Height and width of drawn scenes in pixels.
+        bars: Shows how far it is.
 
     Raises:
         InputError: It cannot be read, or nothing in it can be used.
         TrainingError: Likewise, of what `train` reads too.
         MissingExtraError: A package is not installed.
     """
-    found = _found(data, encoder, image_size)
-    collection = collect(found, entry.store)
+    with bars() as bar:
+        collection = collect(_found(data, encoder, image_size, bar), entry.store)
     if not collection.images:
         reasons = "; ".join(f"{one.id}: {one.reason}" for one in collection.skipped[:3])
         raise InputError(f"{data.kind}:{data.path} has no image with a caption. {reasons}".rstrip())
     return collection
 
 
-def _found(data: DataName, encoder: Encoder, image_size: int) -> Found:
+def _found(data: DataName, encoder: Encoder, image_size: int, bar: Progress) -> Found:
     if data.kind in READERS:
         path = Path(data.path)
         if not path.exists():
@@ -93,7 +109,7 @@ def _found(data: DataName, encoder: Encoder, image_size: int) -> Found:
     part, dropped = _part(data)
     if isinstance(part, Scenes):
         part.check_size(image_size)
-    return itertools.chain(_items(part, encoder, image_size), (Skipped(row.id, row.reason) for row in dropped))
+    return itertools.chain(_items(part, encoder, image_size, bar), (Skipped(row.id, row.reason) for row in dropped))
 
 
 def _part(data: DataName) -> tuple[Part, tuple[BadRow, ...]]:
@@ -110,8 +126,10 @@ def _part(data: DataName) -> tuple[Part, tuple[BadRow, ...]]:
     return part, dropped
 
 
-def _items(part: Part, encoder: Encoder, image_size: int) -> Iterator[Item | Skipped]:
+def _items(part: Part, encoder: Encoder, image_size: int, bar: Progress) -> Iterator[Item | Skipped]:
+    bar.begin(part.count, 0, {})
     for row in part.in_order():
+        bar.advance(1)
         yield _item(row, encoder, image_size)
 
 

@@ -20,6 +20,7 @@ Found = Iterator[Item | Skipped]
 CAPTIONS = 5
 """Captions an image that COCO's and Flickr30k's protocols take; a few images have six or seven."""
 
+KARPATHY_FILES = "dataset_*.json"
 SHAREGPT4V_ROWS = 1000
 
 _SUFFIXES = (".jpg", ".png", ".jpeg", ".webp")
@@ -74,11 +75,13 @@ def _content(path: Path) -> Any:
 
 
 def _lists(content: Any, path: Path, *names: str) -> Iterator[list[Any]]:
-    """The lists of these names in a JSON object."""
+    """The lists of objects of these names in a JSON object."""
     for name in names:
         value = content.get(name) if isinstance(content, Mapping) else None
-        if not isinstance(value, list):
-            raise InputError(f"{str(path)!r} has no list {name!r}, so it is not of this layout. Name another KIND.")
+        if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+            raise InputError(
+                f"{str(path)!r} has no list {name!r} of objects, so it is not of this layout. Name another KIND."
+            )
         yield value
 
 
@@ -108,26 +111,33 @@ def _texts(values: Iterable[object]) -> tuple[str, ...]:
     return tuple(value if isinstance(value, str) else "" for value in values)
 
 
+def _named(name: object, where: str, folder: Path, texts: tuple[str, ...]) -> Item | Skipped:
+    """An image by its name in a folder."""
+    if not isinstance(name, str) or not name:
+        return Skipped(where, "It names no image.")
+    return Item(name, folder / name, texts)
+
+
 def coco(layout: Layout) -> Found:
     """COCO's captions JSON: `images` and `annotations`; the first five captions of each image, as in the reference."""
     path = layout.file("**/captions_val2017.json")
     content = _content(path)
     images, annotations = _lists(content, path, "images", "annotations")
-    captions: dict[object, list[object]] = {}
+    captions: dict[str, list[object]] = {}
     for one in annotations:
-        captions.setdefault(one.get("image_id"), []).append(one.get("caption"))
+        captions.setdefault(str(one.get("image_id")), []).append(one.get("caption"))
     here = Layout(path, layout.images, layout.split)
     folder = here.folder("val2017", "../val2017", "../images/val2017", "images", "../images")
     for one in images:
-        name = str(one.get("file_name"))
-        yield Item(name, folder / name, _texts(captions.pop(one.get("id"), [])[:CAPTIONS]))
-    for number, texts in captions.items():
-        yield Skipped(f"image_id {number}", f"{len(texts)} captions are of an image that is not listed.")
+        texts = _texts(captions.pop(str(one.get("id")), [])[:CAPTIONS])
+        yield _named(one.get("file_name"), f"image {one.get('id')}", folder, texts)
+    for number, others in captions.items():
+        yield Skipped(f"image_id {number}", f"Captions of an image that is not listed: {len(others)}.")
 
 
 def karpathy(layout: Layout) -> Found:
     """Karpathy's splits of COCO and Flickr30k (`dataset_coco.json`, `dataset_flickr30k.json`)."""
-    path = layout.file("dataset_*.json")
+    path = layout.file(KARPATHY_FILES)
     (images,) = _lists(_content(path), path, "images")
     folder = Layout(path, layout.images, layout.split).folder("images", "flickr30k-images", "../images")
     splits = {str(one.get("split")) for one in images}
@@ -135,9 +145,12 @@ def karpathy(layout: Layout) -> Found:
         raise InputError(f"{str(path)!r} has no split {layout.split!r}; there are {', '.join(sorted(splits))}.")
     for one in images:
         if one.get("split") == layout.split:
-            name = "/".join(str(one[key]) for key in ("filepath", "filename") if one.get(key))
-            texts = _texts(sentence.get("raw") for sentence in one.get("sentences", []))
-            yield Item(name, folder / name, texts[:CAPTIONS])
+            parts = (one.get("filepath"), one.get("filename"))
+            name = "/".join(part for part in parts if isinstance(part, str) and part)
+            sentences = one.get("sentences")
+            found = [one for one in sentences if isinstance(one, dict)] if isinstance(sentences, list) else []
+            texts = _texts(sentence.get("raw") for sentence in found[:CAPTIONS])
+            yield _named(name, f"imgid {one.get('imgid')}", folder, texts)
 
 
 def flickr(layout: Layout) -> Found:
@@ -210,8 +223,7 @@ def docci(layout: Layout) -> Found:
         if isinstance(row, str):
             yield Skipped(f"{path.name}:{number}", row)
         elif row.get("split") == layout.split:
-            name = str(row.get("image_file"))
-            yield Item(str(row.get("example_id", name)), folder / name, _texts([row.get("description")]))
+            yield _named(row.get("image_file"), f"{path.name}:{number}", folder, _texts([row.get("description")]))
 
 
 def iiw(layout: Layout) -> Found:

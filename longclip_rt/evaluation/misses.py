@@ -19,6 +19,7 @@ _STYLE = """
 .misses { list-style: none; margin: 0; padding: 0; display: grid; gap: 1.4rem; }
 .miss { display: grid; grid-template-columns: minmax(0, 2fr) minmax(0, 1fr) minmax(0, 1fr); background: var(--card);
   border: 1px solid var(--line); border-radius: 12px; overflow: hidden; }
+.miss.picture { grid-template-columns: minmax(0, 2fr) minmax(0, 3fr) minmax(0, 3fr); }
 .miss > div { padding: 1.1rem 1.2rem; min-width: 0; } .miss > div + div { border-left: 1px solid var(--line); }
 .miss .tile { border-radius: 8px; } .miss h3 { margin: 0 0 .6rem; font-size: .8rem; color: var(--soft);
   font-weight: 600; } .miss h3 b { color: var(--ink); }
@@ -28,7 +29,8 @@ _STYLE = """
 .right { box-shadow: inset 0 3px var(--accent); }
 h2 { margin: 2.2rem 0 1rem; font-size: 1.2rem; }
 .miss .id { margin-top: .6rem; }
-@media (max-width: 44rem) { .miss { grid-template-columns: 1fr 1fr; } .miss > div:first-child { grid-column: 1 / 3; } }
+@media (max-width: 44rem) { .miss, .miss.picture { grid-template-columns: 1fr 1fr; }
+  .miss > div:first-child { grid-column: 1 / 3; } }
 """
 
 
@@ -63,8 +65,11 @@ def page_of_misses(report: RetrievalReport, count: int) -> str:
         f"Words that CLIP's {CLIP_TOKENS} tokens do not reach are <mark>marked</mark>; words that this model does not "
         "reach are <s>struck out</s>."
     )
+    warning = ""
+    if report.made[0].made_by["trained"] != "true":
+        warning = '<p class="warning" role="note"><strong>The model is untrained</strong>, so all of it is chance.</p>'
     body = (
-        f'<header>\n<p class="eyebrow">worst misses</p>\n<h1>{escaped(report.made[0].label)}</h1>\n'
+        f'{warning}<header>\n<p class="eyebrow">worst misses</p>\n<h1>{escaped(report.made[0].label)}</h1>\n'
         f'<p class="about">{escaped(about)}</p>\n<p class="about caption">{legend}</p>\n</header>\n<main>\n'
         f"{_section('Captions that chose another image', captions)}\n"
         f"{_section('Images that chose a caption of another image', images)}\n</main>\n<footer></footer>"
@@ -104,7 +109,7 @@ def _by_caption(report: RetrievalReport, row: int) -> str:
         for text in (places.rival[row], places.best[row])
     )
     return (
-        f'<li class="miss"><div><h3>Image</h3>{_picture(report, row)}</div>\n'
+        f'<li class="miss picture"><div><h3>Image</h3>{_picture(report, row)}</div>\n'
         f"{_answer('Chosen', chosen, 1, float(places.theirs[row]))}\n"
         f"{_answer('Right', right, _place(places, row), float(places.own[row]))}</li>"
     )

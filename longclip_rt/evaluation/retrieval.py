@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from longclip_rt.embedding.pipeline import Progress
 from longclip_rt.evaluation.collection import Collection, Kept
 from longclip_rt.evaluation.figures import Figure
-from longclip_rt.evaluation.vectors import Embedded
+from longclip_rt.evaluation.vectors import Bars, Embedded, NoBar
 from longclip_rt.metrics import Places, places
 
 RANKS = (1, 5, 10)
 
 CLIP_TOKENS = 77
 """What CLIP reads; captions beyond it are what Long-CLIP is about."""
+
+_QUERIES_AT_ONCE = 4096
+_Vectors = NDArray[np.float32]
+_Rows = NDArray[np.int64]
 
 UP_TO, BEYOND = f"up_to_{CLIP_TOKENS}", f"beyond_{CLIP_TOKENS}"
 
@@ -83,13 +87,14 @@ class Retrieval:
         return counts | shares | medians
 
 
-def retrieve(collection: Collection, kept: Kept, vectors: Embedded) -> Retrieval:
+def retrieve(collection: Collection, kept: Kept, vectors: Embedded, bars: Bars = NoBar) -> Retrieval:
     """Ranks all captions for each image and all images for each caption.
 
     Args:
         collection: The data set.
         kept: Its rows that could be embedded; all others are left out.
         vectors: Of all rows.
+        bars: Shows how far it is: full Flickr30k is 10 billion similarities.
     """
     place = np.full(len(collection.images), -1)
     place[kept.images] = np.arange(len(kept.images))
@@ -97,11 +102,18 @@ def retrieve(collection: Collection, kept: Kept, vectors: Embedded) -> Retrieval
     rows = np.arange(len(kept.images))
     images, texts = vectors.images[kept.images], vectors.texts[kept.texts]
     truncated = int(vectors.truncated[kept.texts].sum())
-    return Retrieval(
-        places(images, texts, rows, of), places(texts, images, of, rows), of, vectors.tokens[kept.texts], truncated
-    )
+    with bars() as bar:
+        bar.begin(len(images) + len(texts), 0, {})
+        i2t = _ranked(images, texts, rows, of, bar)
+        t2i = _ranked(texts, images, of, rows, bar)
+    return Retrieval(i2t, t2i, of, vectors.tokens[kept.texts], truncated)
 
 
-def figures_of(retrievals: Mapping[str, Retrieval]) -> dict[str, dict[str, Figure]]:
-    """Recall over all captions, by model and name."""
-    return {label: one.figures() for label, one in retrievals.items()}
+def _ranked(queries: _Vectors, targets: _Vectors, own: _Rows, of: _Rows, bar: Progress) -> Places:
+    """`places`, some thousand queries at a time."""
+    parts = []
+    for start in range(0, len(queries), _QUERIES_AT_ONCE):
+        part = slice(start, start + _QUERIES_AT_ONCE)
+        parts.append(places(queries[part], targets, own[part], of))
+        bar.advance(len(parts[-1].above))
+    return Places(*map(np.concatenate, zip(*parts, strict=True)))

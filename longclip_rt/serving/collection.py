@@ -11,7 +11,7 @@ from longclip_rt.backends.base import Float32
 from longclip_rt.errors import BundleError, InputError, PcaError
 from longclip_rt.formats.embeddings import load_embeddings
 from longclip_rt.runtime import Embedder
-from longclip_rt.search.nearest import Hit
+from longclip_rt.search.hits import Hit
 
 
 class Collection:

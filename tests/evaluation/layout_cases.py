@@ -186,7 +186,7 @@ CASES: dict[str, tuple[Callable[[Path], DataName], Captions, tuple[str, ...]]] =
     "coco": (
         coco,
         [tuple(f"caption {n}" for n in range(5)), ("a bear",)],
-        ("duplicate", "caption is empty", "no caption", "image that is not listed"),
+        ("duplicate", "caption is empty", "no caption", "an image that is not listed"),
     ),
     "karpathy": (karpathy, [("one", "two"), ("three",)], ("no caption",)),
     "flickr token": (

@@ -44,6 +44,8 @@ def test_every_kind_has_a_slice() -> None:
 
 
 def test_scenes_are_those_that_no_run_trains_or_validates_on(tmp_path: Path) -> None:
+    assert data_from_name("scenes:", None, "test", Columns()) == data_from_name("scenes", None, "test", Columns())
+    assert data_from_name("scenes:", None, "test", Columns()).path == "1000"
     found = loaded(DataName("scenes", "3"), tmp_path)
     assert len(found.images) == len(found.texts) == 3 and not found.skipped
     tested = scenes_from_name("scenes:3").for_tests()
@@ -82,6 +84,9 @@ def test_a_column_can_be_named(tmp_path: Path) -> None:
         ("coco:absent.json", None, "does not exist"),
         ("coco:x.json", "{", "is not JSON"),
         ("coco:x.json", "[]", "no list 'images'"),
+        ("coco:x.json", '{"images": [1], "annotations": []}', "no list 'images' of objects"),
+        ("coco:x.json", '{"images": [{"id": 1}], "annotations": []}', "It names no image"),
+        ("karpathy:x.json", '{"images": [{"split": "test", "sentences": 3}]}', "It names no image"),
         ("coco:x.json", '{"images": [], "annotations": []}', "has no image with a caption"),
         ("karpathy:x.json", '{"images": [{"split": "val"}]}', "no split 'test'; there are val"),
         ("flickr:x.csv", "a,b\n1,2\n", "'image' and 'caption' are needed"),

@@ -12,7 +12,7 @@ from layout_cases import put_lines
 from longclip_rt.bundle.bundle import BUILT_IN
 from longclip_rt.cli import main
 from longclip_rt.commands.evaluate import evaluate
-from longclip_rt.errors import InputError
+from longclip_rt.errors import BackendError, InputError
 from longclip_rt.evaluation.collection import Collection
 from longclip_rt.evaluation.data import DataName
 from longclip_rt.evaluation.figures import Figure, difference
@@ -21,6 +21,7 @@ from longclip_rt.evaluation.published import published_for
 from longclip_rt.evaluation.retrieval import BEYOND, UP_TO, retrieve
 from longclip_rt.evaluation.retrieval_run import RetrievalReport, evaluate_retrieval
 from longclip_rt.evaluation.vectors import Embedded
+from longclip_rt.runtime import Embedder
 
 MODEL = BUILT_IN
 SPEC = ModelSpec(MODEL, "onnxruntime", "fp32")
@@ -123,6 +124,18 @@ def test_embeddings_are_kept_while_bundle_and_data_are_the_same(tmp_path: Path) 
     assert evaluate_retrieval(more, [SPEC], cache=tmp_path / "cache", fresh=True).computed == 10
 
 
+def test_a_run_that_failed_goes_on_with_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Embedder, ids: object) -> None:
+        raise BackendError("the machine went down")
+
+    data = pairs(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Embedder, "encode_tokens", fail)
+        with pytest.raises(BackendError, match="went down"):
+            run(data, cache=tmp_path / "cache")
+    assert run(data, cache=tmp_path / "cache").computed == 4  # the texts; the images were kept
+
+
 def test_a_changed_picture_is_embedded_anew(tmp_path: Path) -> None:
     mine = tmp_path / "mine.png"
     mine.write_bytes((EXAMPLES / "scenes/scene-4.png").read_bytes())
@@ -160,11 +173,13 @@ def test_published_rows_stand_beside_and_are_marked(tmp_path: Path) -> None:
     assert "published (second-hand): LLM2CLIP" in report.as_csv()
 
 
-def test_flickr30k_is_published_on_all_of_it_and_on_a_thousand() -> None:
-    assert {row.images for row in published_for("karpathy", "x/dataset_flickr30k.json", 1000)} == {1000}
+def test_flickr30k_is_published_on_all_of_it_and_on_a_thousand(tmp_path: Path) -> None:
+    assert {row.images for row in published_for("karpathy", "dataset_flickr30k.json", 1000)} == {1000}
     assert {row.images for row in published_for("flickr", "x.token", 31014)} == {31783}
-    assert {row.kind for row in published_for("karpathy", "x/dataset_coco.json", 5000)} == {"coco"}
+    assert {row.kind for row in published_for("karpathy", "dataset_coco.json", 5000)} == {"coco"}
     assert published_for("table", "x", 5) == ()
+    (tmp_path / "dataset_flickr30k.json").touch()
+    assert DataName("karpathy", str(tmp_path)).file_name == "dataset_flickr30k.json"
 
 
 def test_what_a_model_is_called() -> None:

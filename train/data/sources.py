@@ -140,7 +140,7 @@ def open_part(name: str, naming: Naming) -> tuple[Part, tuple[BadRow, ...]]:
     kind = kinds.pop()
     if kind is None or kinds:
         raise TrainingError(
-            f"{name!r} is not of a kind that can be trained on: expected {', '.join(_KINDS)} files, all of one kind, "
+            f"{name!r} is not of a kind that can be read: expected {', '.join(_KINDS)} files, all of one kind, "
             "or scenes:COUNT@SEED."
         )
     if kind == "webdataset":
