@@ -8,9 +8,7 @@ from pathlib import Path
 
 import click
 
-from longclip_rt.commands.options import Function, SectionedCommand, gpu_numbers, runs_the_model
-
-KEY_VARIABLE = "LONGCLIP_RT_API_KEY"
+from longclip_rt.commands.options import KEY_VARIABLE, Function, SectionedCommand, gpu_numbers, runs_the_model
 
 _SECTIONS = {
     "Model": ("bundle", "backend", "precision", "devices"),

@@ -44,6 +44,7 @@ def add_models(app: FastAPI, server: Server) -> None:
         "image_size": server.embedder.image_size,
         "index_rows": len(server.collection) if server.collection is not None else None,
         "pca_dimensions": server.pca.k if server.pca else None,
+        **{name: getattr(server.embedder, name) for name in ("batch_size", "concurrency", "pad_multiple", "buckets")},
         **server.embedder.describe(),
     }
 
