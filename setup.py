@@ -41,6 +41,14 @@ EVALUATE = [
 # Libraries that a bundle can be put into, each with the extra of its name.
 SENTENCE_TRANSFORMERS = ["sentence-transformers>=6.0", "torch>=2.9"]
 
+SERVE = [
+    "fastapi>=0.115",
+    "httptools>=0.6",
+    "prometheus-client>=0.20",
+    "python-multipart>=0.0.18",
+    "uvicorn>=0.54",
+]
+
 # onnx: the final norm is read from the graph.
 DIFFUSERS = ["diffusers>=0.35", "onnx>=1.18", "torch>=2.9", "transformers>=5.0"]
 
@@ -57,10 +65,13 @@ TEST = [
     *LANCE,
     *INT8,
     *SENTENCE_TRANSFORMERS,
+    *SERVE,
     "datasets>=4.0",
     "duckdb>=1.4",
     "hypothesis>=6.100",
+    "openai>=1.60",
     "pandas>=2.2",
+    "playwright>=1.40",  # drives a Chromium that is installed; without one its tests are skipped
     "polars>=1.30",
     "pytest>=8.0",
     "pytest-timeout>=2.3",
@@ -68,6 +79,7 @@ TEST = [
     "PyYAML>=6.0",
     "qdrant-client>=1.16",
     "regex>=2024.0",
+    "schemathesis>=4.0",
     "scikit-learn>=1.4",
     "torchvision>=0.24",
     "transformers>=5.0",
@@ -89,6 +101,7 @@ setup(
             "assets/examples/captions.json",
             "assets/examples/photos/*.jpg",
             "assets/examples/unicode.txt",
+            "serving/page/*",
             "assets/tiny/*",  # the built-in model: an exported bundle and its model card
         ]
     },
@@ -121,6 +134,7 @@ setup(
         "faiss": FAISS,
         "lance": LANCE,
         "sentence-transformers": SENTENCE_TRANSFORMERS,
+        "serve": SERVE,
         "plot": ["matplotlib>=3.8"],
         "test": TEST,
         "dev": [
