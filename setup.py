@@ -35,6 +35,7 @@ SENTENCE_TRANSFORMERS = ["sentence-transformers>=6.0", "torch>=2.9"]
 DIFFUSERS = ["diffusers>=0.35", "onnx>=1.18", "torch>=2.9", "transformers>=5.0"]
 
 LANCE = ["lancedb>=0.30", "pylance>=4.0"]
+RAY = ["ray[data]>=2.50"]
 FAISS = ["faiss-cpu>=1.13"]
 
 # What the tests need beside the package; not ONNX Runtime, of which there is one for CPUs and one for GPUs.
@@ -44,6 +45,7 @@ TEST = [
     *DIFFUSERS,
     *FAISS,
     *LANCE,
+    *RAY,
     *SENTENCE_TRANSFORMERS,
     "datasets>=4.0",
     "duckdb>=1.4",
@@ -107,6 +109,7 @@ setup(
         "faiss": FAISS,
         "lance": LANCE,
         "sentence-transformers": SENTENCE_TRANSFORMERS,
+        "ray": RAY,
         "plot": ["matplotlib>=3.8"],
         "test": TEST,
         "dev": [
