@@ -28,6 +28,14 @@ TRAIN = [
     "webdataset>=0.2.100",
 ]
 
+# Other evaluators, open_clip's class names and templates, and data in shards; `evaluate` runs without on much else.
+EVALUATE = [
+    "clip-benchmark>=1.6.2",
+    "mteb>=2.26",
+    "open_clip_torch>=3.0",
+    "webdataset>=0.2.100",
+]
+
 # Libraries that a bundle can be put into, each with the extra of its name.
 SENTENCE_TRANSFORMERS = ["sentence-transformers>=6.0", "torch>=2.9"]
 
@@ -41,6 +49,7 @@ FAISS = ["faiss-cpu>=1.13"]
 # What the tests need beside the package; not ONNX Runtime, of which there is one for CPUs and one for GPUs.
 TEST = [
     *TRAIN,
+    *EVALUATE,
     *RTX,
     *DIFFUSERS,
     *FAISS,
@@ -105,6 +114,7 @@ setup(
         "rtx": RTX,
         "export": EXPORT,
         "train": TRAIN,
+        "evaluate": EVALUATE,
         "diffusers": DIFFUSERS,
         "faiss": FAISS,
         "lance": LANCE,

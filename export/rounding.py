@@ -63,7 +63,7 @@ class RoundedHalfBackend(Backend):
         results: list[Float32] = self._sessions[tower].run(list(outputs), {INPUT_NAMES[tower]: inputs})
         return results
 
-    def close(self) -> None:
+    def _close(self) -> None:
         """Releases the sessions."""
         self._sessions.clear()
 

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+    from longclip_rt.model.preprocess import ImageTransform
+    from longclip_rt.model.tokenizer import Tokenizer
+
 logger = logging.getLogger("longclip_rt")
 
 _HOST = 1  # DLPack's number of host memory
@@ -36,8 +39,6 @@ class Embedder:
     Attributes:
         bundle: The model.
         backend: What runs it.
-        tokenizer: Texts to token ids.
-        transform: Images to pixels.
         pca: What reduces the embeddings; None leaves them as they are.
         pca_mode: `project` to K numbers, or `reconstruct` in D numbers.
     """
@@ -50,7 +51,6 @@ class Embedder:
         self.backend = backend
         self.pca = pca
         self.pca_mode = pca_mode
-        self.tokenizer, self.transform = bundle.tokenizer, bundle.transform
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
         # The kernel gives float32 vectors of the same PCA, within the backend's own error.
@@ -98,6 +98,16 @@ class Embedder:
             PcaError: The PCA is another model's, or the mode is unknown.
         """
         return type(self)(self.bundle, self.backend, pca, pca_mode)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Texts to token ids; loaded when first needed, since it takes longer than decoding a photograph."""
+        return self.bundle.tokenizer
+
+    @property
+    def transform(self) -> ImageTransform:
+        """Images to pixels."""
+        return self.bundle.transform
 
     @property
     def dim(self) -> int:

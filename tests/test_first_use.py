@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import subprocess
 import sys
@@ -85,6 +86,57 @@ def test_a_fork_of_the_process_says_so_instead_of_hanging(call: str) -> None:
     process.start()
     process.join(20)
     assert not process.is_alive() and "is a fork" in (said := answer.get()) and "spawn or forkserver" in said
+
+
+FORKS = """
+import os, sys
+from longclip_rt.bundle.bundle import load_bundle
+from longclip_rt.opening import open_backend
+from longclip_rt.runtime import Embedder
+
+bundle, kind = load_bundle(sys.argv[1]), sys.argv[2]
+embedder = Embedder(bundle, open_backend(bundle, kind, "fp32"))
+embedder.embed_texts(["its threads are made"] * 300)
+for how in ("nothing", "exit", "error", "close", "anew", "let go"):
+    if how == "let go":
+        embedder.close()
+        del embedder
+    if process := os.fork():
+        print(how, os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+        continue
+    if how == "exit":
+        sys.exit(3)
+    elif how == "error":
+        embedder.embed_texts(["a text"])
+    elif how == "close":
+        embedder.close()
+    elif how == "anew":
+        with Embedder(bundle, open_backend(bundle, kind, "fp32")) as anew:
+            print(len(anew.embed_texts(["a text"] * 300)), "texts", end=" ")
+    print("the end of", end=" ")  # flushed as Python ends
+    sys.exit()
+os._exit(0)
+"""
+ANEW = {"openvino": "anew 1", "onnxruntime": "300 texts the end of anew 0"}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks")
+@pytest.mark.parametrize("backend", list(ANEW))
+def test_a_fork_ends_with_its_own_status(backend: str) -> None:
+    """Destructors waited for threads that the fork lacks, or it died of them."""
+    program = [sys.executable, "-W", "ignore", "-c", FORKS, str(MODEL), backend]
+    with subprocess.Popen(
+        program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the fork too
+            pytest.fail(f"a fork hung after:\n{process.communicate()[0]}")
+    ends = ["the end of nothing 0", "exit 3", "error 1", "the end of close 0", ANEW[backend], "the end of let go 0"]
+    assert out.splitlines() == ends, err
+    assert f"BackendError: This {backend} backend was opened by process" in err
+    assert ("BackendError: This process is a fork" in err) == (backend == "openvino")
 
 
 HANGS = """

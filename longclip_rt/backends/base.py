@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from longclip_rt.bundle.bundle import Bundle
 from longclip_rt.errors import BackendError
+from longclip_rt.system.forks import ends_in_forks
 
 Float32 = NDArray[np.float32]
 
 INPUT_NAMES = {"text": "input_ids", "image": "pixel_values"}
 EMBEDDINGS = {"text": "text_embeds", "image": "image_embeds"}
 
+
+_START_METHODS = "Start processes with multiprocessing's spawn or forkserver, and open the bundle in each."
+_first_opened: dict[type, int] = {}
+"""Kind of backend -> the process that first opened one."""
 
 Shapes = Mapping[str, Sequence[object]]
 
@@ -40,6 +46,10 @@ class Backend(ABC):
         batch_size: Images in a batch, a good default.
         pad_multiple: Text batches are padded to a multiple of this many tokens.
         takes_crops: Whether the image tower takes crops too, and normalises them where it runs.
+        opens_in_forks: Whether its library can be used anew in a fork of a process that has used it.
+
+    Raises:
+        BackendError: This process is a fork of one that has opened such a backend, and the library cannot do that.
     """
 
     name: str
@@ -47,13 +57,21 @@ class Backend(ABC):
     batch_size: int = 8
     pad_multiple: int = 8
     concurrency: int = 1
+    opens_in_forks: ClassVar[bool] = False
+    not_apart: str = "copies, encoder and head are one call of the library"
 
     def __init__(self, bundle: Bundle, precision: str) -> None:
+        if _first_opened.setdefault(type(self), os.getpid()) != os.getpid() and not self.opens_in_forks:
+            raise BackendError(
+                f"This process is a fork of process {_first_opened[type(self)]}, which has opened such a backend "
+                f"({type(self).__name__}): its library would wait for threads that are not here. {_START_METHODS}"
+            )
         self.bundle = bundle
         self.precision = precision
         self._process = os.getpid()
         self._alone = threading.Lock()
         self._used: set[str] = set()
+        ends_in_forks(self)
 
     @property
     @abstractmethod
@@ -88,7 +106,8 @@ class Backend(ABC):
         """Makes the first conversion and inference, in the thread that opens the backend and before any other can.
 
         Libraries set up their interface to numpy at the first conversion, behind a lock that two threads can deadlock
-        on: one holds it and waits for Python's interpreter lock, the other the reverse.
+        on: one holds it and waits for Python's interpreter lock, the other the reverse. OpenVINO and ONNX Runtime make
+        only a conversion on the CPU, and load a tower when it is first needed.
         """
         self.run("text", np.full((1, 1), self.bundle.architecture.eot_id, np.int32))
 
@@ -150,6 +169,23 @@ class Backend(ABC):
             f"--backend torch on that GPU; got {type(inputs).__name__}."
         )
 
+    def timed(self, tower: str, inputs: NDArray[np.generic]) -> dict[str, float]:
+        """Runs one tower, and takes the time of the stages that the backend can tell apart.
+
+        Args:
+            tower: `text` or `image`.
+            inputs: As for `run`.
+
+        Returns:
+            Seconds, under some of the names `copy in`, `encoder`, `head`, `copy out`.
+
+        Raises:
+            BackendError: As for `run`.
+        """
+        started = time.perf_counter()
+        self.run(tower, inputs)
+        return {"encoder": time.perf_counter() - started}
+
     def check_process(self) -> None:
         """Makes sure that this process opened the backend.
 
@@ -159,8 +195,7 @@ class Backend(ABC):
         if self._process != os.getpid():
             raise BackendError(
                 f"This {self.name} backend was opened by process {self._process}, of which this one is a fork: its "
-                "threads are not here, and it would hang. Start processes with multiprocessing's spawn or forkserver, "
-                "and open the bundle in each."
+                f"threads are not here, and it would hang. {_START_METHODS}"
             )
 
     def _check_inputs(self, tower: str, inputs: NDArray[np.generic]) -> None:
@@ -217,6 +252,11 @@ class Backend(ABC):
         """
         raise BackendError("A backend cannot be pickled. Open the bundle again in the other process.")
 
-    @abstractmethod
     def close(self) -> None:
-        """Lets go of the encoders' memory. Closing twice is fine."""
+        """Lets go of the encoders' memory; in a fork, of nothing. Closing twice is fine."""
+        if self._process == os.getpid():
+            self._close()
+
+    @abstractmethod
+    def _close(self) -> None:
+        """Lets go of the encoders' memory, which the next call may take again."""

@@ -76,7 +76,7 @@ class DevicePool(Backend):
         finally:
             self._free.put(member)
 
-    def close(self) -> None:
+    def _close(self) -> None:
         """Closes each, whatever becomes of the others.
 
         Raises:

@@ -33,6 +33,7 @@ class OnnxRuntimeBackend(Backend):
     name = "onnxruntime"
     extra: ClassVar[str] = "cpu"
     on_gpu: ClassVar[bool] = False
+    opens_in_forks = True
 
     def __init__(self, bundle: Bundle, precision: str, device: int = 0) -> None:
         super().__init__(bundle, precision)
@@ -64,8 +65,13 @@ class OnnxRuntimeBackend(Backend):
             return self._sessions[tower]
 
     def prepare(self) -> None:
-        """Opens both sessions, and uses one."""
-        for tower in self._graphs if self.on_gpu else ():
+        """On a GPU, opens both sessions and uses one. On the CPU makes a conversion alone: each session is opened at
+        its first inference, which `run` lets no other overlap, so that a tower that is never used costs nothing.
+        """
+        if not self.on_gpu:
+            self._ort.OrtValue.ortvalue_from_numpy(np.zeros(1, np.float32))
+            return
+        for tower in self._graphs:
             self._session(tower)
         super().prepare()
 
@@ -106,7 +112,7 @@ class OnnxRuntimeBackend(Backend):
             results: list[Float32] = session.run(list(outputs), {INPUT_NAMES[tower]: np.ascontiguousarray(inputs)})
         return results
 
-    def close(self) -> None:
+    def _close(self) -> None:
         """Releases the sessions."""
         with self._lock:
             self._sessions.clear()
@@ -118,6 +124,7 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
     name = "onnxruntime-cuda"
     extra = "gpu"
     on_gpu = True
+    opens_in_forks = False  # CUDA
     batch_size = 32
     memory: ClassVar[str] = "cuda"
     """Where inputs and outputs lie during a run, in ONNX Runtime's word."""

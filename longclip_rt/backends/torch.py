@@ -30,6 +30,34 @@ logger = logging.getLogger("longclip_rt")
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
+def checkpoint_of(bundle: Bundle) -> Checkpoint:
+    """The weights that a bundle names; where they are not at hand, those in its fp32 graphs: the same.
+
+    Raises:
+        BackendError: The named weights are others by now, or are neither there nor in the graphs.
+        MissingExtraError: PyTorch or onnx is not installed.
+    """
+    torch: Any = require("torch", "export")
+    from longclip_rt.weights.checkpoint import Checkpoint, load_checkpoint
+
+    source = bundle.manifest["source"]
+    try:
+        checkpoint = load_checkpoint(source["weights"], activation=source["activation"])
+    except LongClipError as error:
+        logger.info(
+            "%s cannot be loaded (%s); torch takes the weights in the bundle's graphs", source["weights"], error
+        )
+        state = {name: torch.tensor(array) for name, array in weights_of(bundle).items()}
+        state["logit_scale"] = torch.zeros(())  # no embedding depends on it
+        return Checkpoint(state, bundle.architecture, str(bundle.path), None, bundle.trained)
+    if checkpoint.sha256 != source["sha256"]:
+        raise BackendError(
+            f"{source['weights']} is not what the bundle was exported from: its SHA-256 is "
+            f"{checkpoint.sha256}, and the bundle names {source['sha256']}. Export it again, or use --backend auto."
+        )
+    return checkpoint
+
+
 class TorchBackend(Backend):
     """Runs the towers themselves.
 
@@ -51,7 +79,7 @@ class TorchBackend(Backend):
         self._device = self._torch.device("cpu" if device is None else f"cuda:{device}")
         from longclip_rt.weights.checkpoint import towers_from_checkpoint
 
-        checkpoint = self._checkpoint()
+        checkpoint = checkpoint_of(bundle)
         dtype = {"fp32": self._torch.float32, "bf16": self._torch.bfloat16, "fp16": self._torch.float16}[precision]
         text, image = towers_from_checkpoint(checkpoint)
         if bundle.pca is not None:
@@ -61,6 +89,7 @@ class TorchBackend(Backend):
         self._on_gpu, self._kernel = device is not None, False
         if self._on_gpu:
             self.batch_size, self.concurrency, self.takes_crops = 64, SLOTS, True
+            self.not_apart = "the head is a part of the encoder"
             if bundle.pca is not None and bundle.manifest["pca"]["mode"] == "project":
                 self._kernel = all(self._with_kernel(tower, dtype) for tower in (text, image))
         self._towers: dict[str, Any] = {
@@ -121,27 +150,6 @@ class TorchBackend(Backend):
         """Its GPU."""
         return str(self._device) if self._on_gpu else ""
 
-    def _checkpoint(self) -> Checkpoint:
-        """The weights that the bundle names; where they are not at hand, those in its fp32 graphs: the same."""
-        from longclip_rt.weights.checkpoint import Checkpoint, load_checkpoint
-
-        source = self.bundle.manifest["source"]
-        try:
-            checkpoint = load_checkpoint(source["weights"], activation=source["activation"])
-        except LongClipError as error:
-            logger.info(
-                "%s cannot be loaded (%s); torch takes the weights in the bundle's graphs", source["weights"], error
-            )
-            state = {name: self._torch.tensor(array) for name, array in weights_of(self.bundle).items()}
-            state["logit_scale"] = self._torch.zeros(())  # no embedding depends on it
-            return Checkpoint(state, self.bundle.architecture, str(self.bundle.path), None, self.bundle.trained)
-        if checkpoint.sha256 != source["sha256"]:
-            raise BackendError(
-                f"{source['weights']} is not what the bundle was exported from: its SHA-256 is "
-                f"{checkpoint.sha256}, and the bundle names {source['sha256']}. Export it again, or use --backend auto."
-            )
-        return checkpoint
-
     @property
     def version(self) -> str:
         """PyTorch's version."""
@@ -167,6 +175,12 @@ class TorchBackend(Backend):
             computed = self._towers[tower](self._torch.from_numpy(np.ascontiguousarray(inputs)))
         named = dict(zip(self.bundle.outputs(tower), computed, strict=True))
         return [named[name].numpy() for name in outputs]
+
+    def timed(self, tower: str, inputs: NDArray[np.generic]) -> dict[str, float]:
+        """On a GPU by CUDA events: copy in (filling up to the captured shape included), encoder with head, copy out."""
+        if self._static is None:
+            return super().timed(tower, inputs)
+        return self._static.timed(tower, inputs, self.bundle.outputs(tower)[:1])
 
     def run_on_device(self, tower: str, inputs: Any, outputs: Sequence[str] | None = None) -> list[Any]:
         """Runs one tower on a tensor that lies on this backend's GPU.
@@ -201,7 +215,7 @@ class TorchBackend(Backend):
         tensor = tensor.to(self._torch.int32) if tower == "text" else tensor
         return self._static.run_on_device(tower, tensor, [EMBEDDINGS[tower]] if outputs is None else list(outputs))
 
-    def close(self) -> None:
+    def _close(self) -> None:
         """Lets go of captured graphs; the towers go with the backend."""
         if self._static is not None:
             self._static.close()

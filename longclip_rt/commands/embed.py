@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from longclip_rt.commands.bar import Bar
 from longclip_rt.commands.options import SectionedCommand, gpu_numbers, runs_the_model, takes_a_pca
 from longclip_rt.system.streams import told_at_best
 
@@ -18,9 +16,6 @@ if TYPE_CHECKING:
     from longclip_rt.embedding.pipeline import EmbedOptions, EmbedReport
 
 _SUFFIXES = (".parquet", ".npy", ".jsonl", ".lance", ".faiss")
-# A progress bar that appears in a log file only after this many seconds, and then has this many between its updates.
-_LOG_DELAY = 2.0
-_LOG_INTERVAL = 10.0
 _STOPPED = "Stopped. Give the same command again to go on, or add --restart to begin anew."
 
 
@@ -37,49 +32,6 @@ def _address(context: click.Context, parameter: click.Parameter, value: str | No
     if not known:
         raise click.BadParameter(f"{value!r} is no auto, local, HOST:PORT or ray://HOST:PORT; write --ray after FILE")
     return value
-
-
-class _Bar:
-    """A progress bar on stderr: at once on a terminal, after a while in a log, never when quiet."""
-
-    def __init__(self, quiet: bool, unit: str = " inputs") -> None:
-        self._quiet, self._unit = quiet, unit
-        self._bar: Any = None
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def begin(self, total: int, done: int, columns: Mapping[str, str]) -> None:
-        """Shows what was found and starts the bar."""
-        if self._quiet:
-            return
-        from tqdm import tqdm
-
-        for name, column in columns.items():
-            click.echo(f"Reading column {column!r} of {name}.", err=True)
-        if done:
-            click.echo(f"Going on: {done:,} of {total:,}{self._unit} were done before.", err=True)
-        terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=total,
-            initial=done,
-            unit=self._unit,
-            file=sys.stderr,
-            dynamic_ncols=terminal,
-            delay=0 if terminal else _LOG_DELAY,
-            mininterval=0.1 if terminal else _LOG_INTERVAL,
-        )
-
-    def advance(self, entries: int) -> None:
-        """Moves the bar."""
-        if self._bar is not None:
-            self._bar.update(entries)
 
 
 _SECTIONS = {
@@ -251,7 +203,7 @@ def embed(
             from longclip_rt.system.closing import closed_after
 
             opened = Embedder.from_bundle(bundle, backend, precision, pca, pca_mode, devices)
-            with closed_after(opened) as embedder, _Bar(quiet) as bar:
+            with closed_after(opened) as embedder, Bar(quiet) as bar:
                 report = embed_files(files, output, embedder, settings, bar)
     except KeyboardInterrupt:
         click.echo(_STOPPED, err=True)
@@ -280,7 +232,7 @@ def _embed_on_ray(
     from longclip_rt.integrations.ray import embed_job
 
     where = None if address == "auto" else address
-    with _Bar(quiet, " parts") as bar:
+    with Bar(quiet, unit="parts") as bar:
         report = embed_job(files, output, bundle, settings, address=where, actors=actors, progress=bar, **opening)
     totals = report.totals
     if not quiet:

@@ -146,7 +146,7 @@ class TensorrtBackend(Backend):
         kind = np.int32 if INPUT_NAMES[tower] == "input_ids" else np.float32
         return runner.run(np.ascontiguousarray(inputs, kind), outputs)
 
-    def close(self) -> None:
+    def _close(self) -> None:
         """Waits for what is in flight, and lets go of the GPU's memory. The next call opens the engines again."""
         with self._lock, contextlib.ExitStack() as stack:  # each, whatever becomes of the others
             stack.callback(self._gpu.release)

@@ -65,7 +65,7 @@ class Card(Backend):
             with self.lock:
                 self.running -= 1
 
-    def close(self) -> None:
+    def _close(self) -> None:
         self.closed += 1
         self.inner.close()
         if self.stuck:

@@ -33,7 +33,7 @@ class Altered(Backend):
         self.shapes.append(inputs.shape)
         return [self.change(tower, inputs, array) for array in self.inner.run(tower, inputs, outputs)]
 
-    def close(self) -> None:
+    def _close(self) -> None:
         self.inner.close()
 
 
