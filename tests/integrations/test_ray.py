@@ -9,6 +9,7 @@ import logging
 import os
 import pickle
 import signal
+import subprocess
 import sys
 import tarfile
 import threading
@@ -247,18 +248,29 @@ def test_500_pictures_on_two_actors_of_which_one_is_killed(here: Path, ray: Any)
     np.testing.assert_array_equal(stored()[1], vectors)
 
 
-def test_a_dataset_gets_vectors_and_errors_in_its_order(ray: Any) -> None:
+def test_a_dataset_gets_vectors_and_errors_in_its_order(here: Path, ray: Any) -> None:
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    rows = [{"n": number, "image": photo(number) if number != 5 else b"no image"} for number in range(12)]
-    dataset = ray.data.from_items(rows, override_num_blocks=3)
-    with pytest.raises(LongClipError, match="no column 'picture'; it has n, image"):
+    for shard in range(3):
+        numbers = range(4 * shard, 4 * shard + 4)
+        tar_of(Path(f"{shard}.tar"), {f"{n:02}.png": photo(n) if n != 5 else b"no image" for n in numbers})
+    dataset = ray.data.read_webdataset([str(here / f"{shard}.tar") for shard in range(3)], decoder=None)
+    with pytest.raises(LongClipError, match="no column 'picture'; it has __key__, png"):
         embed(dataset, BUILT_IN, column="picture")
-    found = embed(dataset, BUILT_IN, column="image", actors=2, batch_size=4, **OPENING).take_all()  # type: ignore[arg-type]
-    assert [row["n"] for row in found] == list(range(12))
-    assert [row["n"] for row in found if row["error"]] == [5] and found[5]["embedding"] is None
+    found = embed(dataset, BUILT_IN, column="png", actors=2, batch_size=4, **OPENING).take_all()  # type: ignore[arg-type]
+    assert [int(row["__key__"]) for row in found] == list(range(12))
+    assert [row["__key__"] for row in found if row["error"]] == ["05"] and found[5]["embedding"] is None
     with Embedder.from_bundle(BUILT_IN, **OPENING) as embedder:  # type: ignore[arg-type]
         good = [row for row in found if not row["error"]]
-        expected = embedder.embed_images([photo(row["n"]) for row in good])
+        expected = embedder.embed_images([photo(int(row["__key__"])) for row in good])
     np.testing.assert_allclose(np.stack([row["embedding"] for row in good]), expected, atol=1e-5)
+
+
+def test_the_figures_of_the_page_are_those_of_its_program() -> None:
+    root = Path(__file__).parents[2]
+    program = "import scale; print(scale.BEGIN + scale.tables() + scale.END, end='')"
+    computed = subprocess.run(
+        [sys.executable, "-c", program], cwd=root / "benchmarks", capture_output=True, text=True, check=True
+    ).stdout
+    assert computed in (root / "docs" / "scale.md").read_text(encoding="utf-8"), "run: python benchmarks/scale.py"
