@@ -38,8 +38,8 @@ EVALUATE = [
     "webdataset>=0.2.100",
 ]
 
-# Libraries that a bundle can be put into, each with the extra of its name.
-SENTENCE_TRANSFORMERS = ["sentence-transformers>=6.0", "torch>=2.9"]
+# Libraries that a bundle can be put into, each with the extra of its name; the oldest versions that were tried.
+SENTENCE_TRANSFORMERS = ["sentence-transformers>=6.2", "torch>=2.9"]
 
 SERVE = [
     "fastapi>=0.115",
@@ -50,10 +50,11 @@ SERVE = [
 ]
 
 # onnx: the final norm is read from the graph.
-DIFFUSERS = ["diffusers>=0.35", "onnx>=1.18", "torch>=2.9", "transformers>=5.0"]
+DIFFUSERS = ["diffusers>=0.42", "onnx>=1.18", "torch>=2.9", "transformers>=5.0"]
 
-LANCE = ["lancedb>=0.30", "pylance>=4.0"]
-FAISS = ["faiss-cpu>=1.13"]
+LANCE = ["lancedb>=0.40", "pylance>=14.0"]
+RAY = ["ray[data]>=2.60"]
+FAISS = ["faiss-cpu>=1.15"]
 
 # What the tests need beside the package; not ONNX Runtime, of which there is one for CPUs and one for GPUs.
 TEST = [
@@ -64,6 +65,7 @@ TEST = [
     *FAISS,
     *LANCE,
     *INT8,
+    *RAY,
     *SENTENCE_TRANSFORMERS,
     *SERVE,
     "datasets>=4.0",
@@ -135,6 +137,7 @@ setup(
         "lance": LANCE,
         "sentence-transformers": SENTENCE_TRANSFORMERS,
         "serve": SERVE,
+        "ray": RAY,
         "plot": ["matplotlib>=3.8"],
         "test": TEST,
         "dev": [
