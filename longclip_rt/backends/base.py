@@ -125,10 +125,14 @@ class Backend(ABC):
             One float32 array an output; embeddings are [B, D] and L2-normalised.
 
         Raises:
-            BackendError: The shape or an output's name is not the model's, an input is of another kind or not finite,
-                or the process is a fork of the one that opened the backend.
+            BackendError: The tower, the shape or an output's name is not the model's, an input is of another kind or not
+                finite, or the process is a fork of the one that opened the backend.
         """
+        if tower not in INPUT_NAMES:
+            raise BackendError(f"There is no tower {tower!r}; there are {' and '.join(INPUT_NAMES)}.")
         names = [EMBEDDINGS[tower]] if outputs is None else list(outputs)
+        if not names:
+            raise BackendError("No output was named. Leave outputs away for the embedding.")
         known = self.bundle.outputs(tower)
         if unknown := [name for name in names if name not in known]:
             raise BackendError(
