@@ -28,15 +28,42 @@ TRAIN = [
     "webdataset>=0.2.100",
 ]
 
+# Other evaluators, open_clip's class names and templates, and data in shards; `evaluate` runs without on much else.
+EVALUATE = [
+    "clip-benchmark>=1.6.2",
+    "mteb>=2.26",
+    "open_clip_torch>=3.0",
+    "webdataset>=0.2.100",
+]
+
+# Libraries that a bundle can be put into, each with the extra of its name.
+SENTENCE_TRANSFORMERS = ["sentence-transformers>=6.0", "torch>=2.9"]
+
+# onnx: the final norm is read from the graph.
+DIFFUSERS = ["diffusers>=0.35", "onnx>=1.18", "torch>=2.9", "transformers>=5.0"]
+
+LANCE = ["lancedb>=0.30", "pylance>=4.0"]
+FAISS = ["faiss-cpu>=1.13"]
+
 # What the tests need beside the package; not ONNX Runtime, of which there is one for CPUs and one for GPUs.
 TEST = [
     *TRAIN,
+    *EVALUATE,
     *RTX,
+    *DIFFUSERS,
+    *FAISS,
+    *LANCE,
+    *SENTENCE_TRANSFORMERS,
+    "datasets>=4.0",
+    "duckdb>=1.4",
     "hypothesis>=6.100",
+    "pandas>=2.2",
+    "polars>=1.30",
     "pytest>=8.0",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
     "PyYAML>=6.0",
+    "qdrant-client>=1.16",
     "regex>=2024.0",
     "scikit-learn>=1.4",
     "torchvision>=0.24",
@@ -85,6 +112,11 @@ setup(
         "rtx": RTX,
         "export": EXPORT,
         "train": TRAIN,
+        "evaluate": EVALUATE,
+        "diffusers": DIFFUSERS,
+        "faiss": FAISS,
+        "lance": LANCE,
+        "sentence-transformers": SENTENCE_TRANSFORMERS,
         "plot": ["matplotlib>=3.8"],
         "test": TEST,
         "dev": [

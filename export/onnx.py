@@ -21,12 +21,14 @@ OPSET = 23
 """The first with `Attention`, which runtimes map to their fused kernels."""
 
 _FLOAT = 1  # onnx.TensorProto.FLOAT
-# Protocol Buffers end at 2 GiB; some room is left for the graph itself.
-_LARGEST_SINGLE_FILE = 2_000_000_000
+
+LARGEST_INSIDE = 64 << 20
+"""Bytes of weights that a graph's file holds itself. Larger ones lie beside it in `<name>.data`: runtimes map that file
+rather than parse it, and Protocol Buffers end at 2 GiB."""
 
 
 def export_tower(tower: TextTower | ImageTower, path: Path) -> None:
-    """Writes a tower as an ONNX file with the weights inside, or beside it (`<name>.data`) above 2 GB.
+    """Writes a tower as an ONNX file with the weights inside, or beside it (`<name>.data`) above `LARGEST_INSIDE`.
 
     The input is `input_ids` int32 [batch, length] or `pixel_values` float32 [batch, 3, H, W]; the outputs are float32
     and carry the names of `tower.outputs`.
@@ -70,7 +72,7 @@ def export_tower(tower: TextTower | ImageTower, path: Path) -> None:
         assert program is not None
         _tidy(program.model)
         weights = sum(parameter.numel() * parameter.element_size() for parameter in tower.parameters())
-        program.save(path, external_data=weights > _LARGEST_SINGLE_FILE)
+        program.save(path, external_data=weights > LARGEST_INSIDE)
 
 
 def _tidy(model: Any) -> None:

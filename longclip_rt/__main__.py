@@ -2,4 +2,5 @@
 
 from longclip_rt.cli import main
 
-main()
+if __name__ == "__main__":  # not in the processes that multiprocessing starts
+    main()

@@ -19,9 +19,11 @@ COMMANDS = {
     "export": "Turn weights into a verified bundle.",
     "embed": "Turn images and texts into one file of vectors.",
     "search": "Find what is nearest to a text or an image.",
+    "evaluate": "Measure retrieval and zero-shot classification.",
     "pca": "Fit a PCA that makes vectors shorter.",
     "convert": "Write weights in another library's layout.",
     "engine": "Build TensorRT engines of a bundle, list them, and check them on the GPU.",
+    "bench": "Measure how fast the backends are here.",
     "kernels": "Compile the Triton kernels ahead of time.",
     "info": "Show what can be used on this machine.",
 }

@@ -61,12 +61,67 @@ def nearest_others(unit: Array) -> NDArray[np.intp]:
     return best
 
 
+class Places(NamedTuple):
+    """Where each query's best own target stands among all targets; one entry a query.
+
+    Its own targets do not compete with each other: of several the nearest counts.
+    """
+
+    above: NDArray[np.intp]
+    """int [Q]: targets of others that are nearer."""
+    tied: NDArray[np.intp]
+    """int [Q]: targets of others that are as near."""
+    own: Array
+    """[Q]: the cosine similarity of the best own target; not finite where there is none."""
+    best: NDArray[np.intp]
+    """int [Q]: the row of that target; of no meaning where there is none."""
+    rival: NDArray[np.intp]
+    """int [Q]: the row of the nearest target of others; of no meaning where there is none."""
+    theirs: Array
+    """[Q]: the cosine similarity of that one; not finite where there is none."""
+
+    def hits(self, k: int) -> NDArray[np.float64]:
+        """Whether the best own target is among the k nearest, float64 [Q]; a tie gives the share that chance would."""
+        return _credit(self.above, self.tied, self.own, k)
+
+    def ranks(self) -> NDArray[np.float64]:
+        """The place of the best own target from 1 on, float64 [Q]: the middle one of a tie, infinite where none is."""
+        return np.where(np.isfinite(self.own), 1 + self.above + self.tied / 2, np.inf)
+
+
+def places(queries: ArrayLike, targets: ArrayLike, own: ArrayLike, of: ArrayLike) -> Places:
+    """Ranks all targets for each query, a block of queries at a time.
+
+    Args:
+        queries: [Q, D], any float dtype.
+        targets: [T, D], T at least 1.
+        own: int [Q]: what a query belongs to.
+        of: int [T]: what a target belongs to. A query without a target is a miss.
+    """
+    left, right = _normalised(queries), _normalised(targets)
+    own, of = np.asarray(own), np.asarray(of)
+    above, tied, mine_at, rival_at = (np.zeros(len(left), np.intp) for _ in range(4))
+    best, theirs = np.zeros((2, len(left)), right.dtype)
+    rows = max(1, _BLOCK // len(right))
+    for start in range(0, len(left), rows):
+        part = slice(start, start + rows)
+        with np.errstate(invalid="ignore"):  # a run that has diverged
+            block = left[part] @ right.T  # [rows, T]
+        mine = own[part, None] == of[None, :]
+        kept = np.where(mine, block, -np.inf)
+        mine_at[part], nearest = kept.argmax(axis=1), kept.max(axis=1)
+        best[part] = nearest
+        block[mine] = -np.inf  # a query's own targets do not compete with each other
+        rival_at[part], theirs[part] = block.argmax(axis=1), block.max(axis=1)
+        above[part] = np.count_nonzero(block > (nearest + TIE)[:, None], axis=1)
+        tied[part] = np.count_nonzero(block >= (nearest - TIE)[:, None], axis=1) - above[part]
+    return Places(above, tied, best, mine_at, rival_at, theirs)
+
+
 def recall(
     queries: ArrayLike, targets: ArrayLike, own: ArrayLike, of: ArrayLike, k: Sequence[int] = (1,)
 ) -> dict[int, float]:
     """How often one of a query's own targets is among the k nearest.
-
-    Where several own targets tie with others, one of them is counted.
 
     Args:
         queries: [Q, D], any float dtype.
@@ -83,21 +138,8 @@ def recall(
     """
     if any(rank < 1 for rank in k):
         raise LongClipError(f"Recall at {tuple(k)} was asked for. Each k is at least 1.")
-    left, right = _normalised(queries), _normalised(targets)
-    own, of = np.asarray(own), np.asarray(of)
-    found = dict.fromkeys(k, 0.0)
-    rows = max(1, _BLOCK // len(right))
-    for start in range(0, len(left), rows):
-        with np.errstate(invalid="ignore"):  # a run that has diverged
-            block = left[start : start + rows] @ right.T  # [rows, T]
-        mine = own[start : start + rows, None] == of[None, :]
-        best = np.where(mine, block, -np.inf).max(axis=1)  # [rows]
-        block[mine] = -np.inf  # a query's own targets do not compete with each other
-        above = np.count_nonzero(block > (best + TIE)[:, None], axis=1)
-        near = np.count_nonzero(block >= (best - TIE)[:, None], axis=1)
-        for rank in k:
-            found[rank] += float(_credit(above, near - above, best, rank).sum())
-    return {rank: value / len(left) for rank, value in found.items()}
+    found = places(queries, targets, own, of)
+    return {rank: float(found.hits(rank).mean()) for rank in k}
 
 
 def retrieval(image: ArrayLike, text: ArrayLike, k: Sequence[int] = (1, 5, 10)) -> dict[str, float]:

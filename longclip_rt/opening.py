@@ -18,8 +18,9 @@ from longclip_rt.system import machine
 
 logger = logging.getLogger("longclip_rt")
 
-AUTO_ORDER = ("tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "openvino", "onnxruntime")
-"""What `auto` tries, in this order. Not `torch`, the reference: it is slower, and needs more than the bundle."""
+AUTO_ORDER = ("tensorrt", "tensorrt-rtx", "torch", "onnxruntime-cuda", "openvino", "onnxruntime")
+"""What `auto` tries, in this order; `torch` on a GPU alone, where it was faster than ONNX Runtime at every size tried
+(docs/gpu.md), and not on a CPU, where it is slower than the others."""
 
 _NEEDED = {
     "tensorrt": ("tensorrt", "cuda.core"),
@@ -140,8 +141,10 @@ def open_backend(
         offered = [
             each for each in state.precisions if not _reads_fp16(name) or each != "fp16" or "fp16" in bundle.precisions
         ]
-        if devices is not None and not _runs_on_gpu(name):
+        if devices is not None and not runs_on_gpu(name):
             passed_over.append(f"{name} runs on the CPU, and GPUs were asked for")
+        elif backend == "auto" and name == "torch" and not (state.usable and runs_on_gpu(name)):
+            passed_over.append("torch sees no GPU, and is slower than the others on a CPU")
         elif not state.usable:
             passed_over.append(f"{name}: {state.reason}; mend it with: {state.remedy}")
         elif precision != "auto" and precision not in state.precisions:
@@ -149,11 +152,15 @@ def open_backend(
         elif precision != "auto" and precision not in offered:
             passed_over.append(f"{name}: {bundle.path} was exported without --fp16")
         else:
-            chosen = offered[0] if precision == "auto" else precision
+            chosen = precision
+            if precision == "auto":
+                chosen = offered[0]
+                if name == "torch" and runs_on_gpu(name) and "fp16" in bundle.precisions:  # the gate has passed it
+                    chosen = "fp16"
             try:
                 opened = _opened(bundle, name, chosen, devices)
             except (BackendError, MissingExtraError) as error:
-                if backend != "auto" or name not in GPU_BACKENDS:
+                if backend != "auto" or not runs_on_gpu(name):
                     raise
                 passed_over.append(f"{name}: {error}")
                 continue
@@ -184,7 +191,7 @@ def _reads_fp16(name: str) -> bool:
     return name == "onnxruntime" or name in GPU_BACKENDS
 
 
-def _runs_on_gpu(name: str) -> bool:
+def runs_on_gpu(name: str) -> bool:
     """Whether a backend runs on a GPU here; PyTorch does where it was built for CUDA and sees one."""
     if name != "torch" or not machine.cuda_devices():
         return name in GPU_BACKENDS
@@ -194,7 +201,7 @@ def _runs_on_gpu(name: str) -> bool:
 
 
 def _opened(bundle: Bundle, name: str, precision: str, devices: Sequence[int] | None) -> Backend:
-    if _runs_on_gpu(name):
+    if runs_on_gpu(name):
         return _on_gpus(_gpu_backend(name), bundle, precision, devices or (0,))
     backend = _cpu_backend(name)(bundle, precision)
     backend.prepare()

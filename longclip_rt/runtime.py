@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
-from numpy.typing import NDArray
 
+from longclip_rt.backends.arrays import Arrays, Tensors
 from longclip_rt.backends.base import Backend, Float32
 from longclip_rt.backends.batching import plan_batches
 from longclip_rt.bundle.bundle import Bundle, default_bundle, load_bundle
@@ -23,8 +23,14 @@ from longclip_rt.pca.basis import Pca, check_mode, load_pca
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
+
+    from longclip_rt.model.preprocess import ImageTransform
+    from longclip_rt.model.tokenizer import Tokenizer
 
 logger = logging.getLogger("longclip_rt")
+
+_HOST = 1  # DLPack's number of host memory
 
 
 class Embedder:
@@ -33,8 +39,6 @@ class Embedder:
     Attributes:
         bundle: The model.
         backend: What runs it.
-        tokenizer: Texts to token ids.
-        transform: Images to pixels.
         pca: What reduces the embeddings; None leaves them as they are.
         pca_mode: `project` to K numbers, or `reconstruct` in D numbers.
     """
@@ -47,7 +51,6 @@ class Embedder:
         self.backend = backend
         self.pca = pca
         self.pca_mode = pca_mode
-        self.tokenizer, self.transform = bundle.tokenizer, bundle.transform
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
         # The kernel gives float32 vectors of the same PCA, within the backend's own error.
@@ -101,6 +104,16 @@ class Embedder:
         return type(self)(self.bundle, self.backend, _pca_from(pca, self.bundle), pca_mode)
 
     @property
+    def tokenizer(self) -> Tokenizer:
+        """Texts to token ids; loaded when first needed, since it takes longer than decoding a photograph."""
+        return self.bundle.tokenizer
+
+    @property
+    def transform(self) -> ImageTransform:
+        """Images to pixels."""
+        return self.bundle.transform
+
+    @property
     def dim(self) -> int:
         """Length of a vector: D, the model's own, or K with a PCA in the mode `project`."""
         return self.bundle.architecture.embed_dim if self.pca is None else self.pca.length(self.pca_mode)
@@ -135,43 +148,64 @@ class Embedder:
         """The lengths that text batches are padded to; empty where `pad_multiple` says it."""
         return self.backend.buckets
 
-    def encode_tokens(self, ids: NDArray[np.int32]) -> Float32:
+    def encode_tokens(self, ids: Any) -> Any:
         """Encodes one batch of padded token ids [B, S] int32 to L2-normalised vectors [B, D] float32.
+
+        What lies on a GPU and comes through DLPack (PyTorch, CuPy) stays there: see `Backend.run_on_device`.
 
         Raises:
             BackendError: They are no such array, or ids are not of the model's vocabulary.
         """
         return self._encoded("text", ids)
 
-    def encode_crops(self, crops: NDArray[np.uint8]) -> Float32:
-        """Encodes one batch of cropped images [B, n, n, 3] uint8 RGB to L2-normalised vectors [B, D] float32.
+    def encode_crops(self, crops: Any) -> Any:
+        """Encodes one batch of cropped images [B, n, n, 3] uint8 RGB, likewise.
 
         Raises:
             InputError: They are no such array.
             BackendError: n is not `image_size`.
         """
-        return self._encoded("image", self.transform.normalize(crops))
+        return self._encoded("image", crops)
 
-    def _encoded(self, kind: str, inputs: NDArray[Any]) -> Float32:
-        if self.pca is None:
-            return self.backend.run(kind, inputs)[0]
-        if self._fused:
-            return self.backend.run(kind, inputs, [f"{kind}_pca"])[0]
-        return self.pca.apply(self.backend.run(kind, inputs)[0], kind, self.pca_mode)
+    def _encoded(self, kind: str, given: Any) -> Any:
+        outputs = [f"{kind}_pca"] if self._fused else None
+        if not isinstance(given, np.ndarray) and hasattr(given, "__dlpack_device__"):
+            if int(given.__dlpack_device__()[0]) != _HOST:
+                if self.pca is not None and not self._fused:
+                    raise InputError("This PCA is computed in host memory; take tensors to it with .cpu().numpy().")
+                return self.backend.run_on_device(kind, given, outputs)[0]
+            given = np.from_dlpack(given)
+        inputs = given if kind == "text" else self.backend.images(given)
+        vectors = self.backend.run(kind, inputs, outputs)[0]
+        return vectors if self.pca is None or self._fused else self.pca.apply(vectors, kind, self.pca_mode)
 
-    def embed_texts(self, texts: Sequence[str], *, truncate: bool = True) -> Float32:
+    @overload
+    def embed_texts(
+        self, texts: Sequence[str], *, truncate: bool = ..., convert_to: Literal["numpy"] = ...
+    ) -> Float32: ...
+
+    @overload
+    def embed_texts(self, texts: Sequence[str], *, truncate: bool = ..., convert_to: Literal["torch"]) -> Tensor: ...
+
+    def embed_texts(
+        self, texts: Sequence[str], *, truncate: bool = True, convert_to: Literal["numpy", "torch"] = "numpy"
+    ) -> Any:
         """Embeds texts.
 
         Args:
             texts: Any number of texts.
             truncate: Whether a text of more than `context_length` tokens is cut (and counted in a warning) or refused.
+            convert_to: `numpy`, or `torch` for a tensor: on the GPU where the `torch` backend runs on one, else on the
+                CPU. It carries no gradient.
 
         Returns:
             L2-normalised vectors [N, D] float32, in the order of the texts.
 
         Raises:
             InputError: A text is too long and `truncate` is False, or holds what is no Unicode text.
+            MissingExtraError: `convert_to` is `torch`, which is not installed.
         """
+        collect = self._collector(convert_to)
         given = _listed("embed_texts", "text", texts, str)
         for index, text in enumerate(given):
             if isinstance(text, str) and not text.isascii():
@@ -195,17 +229,36 @@ class Embedder:
             max_length=self.context_length,
             buckets=self.buckets,
         )
-        vectors = np.empty((len(encoded), self.dim), np.float32)
-        padded = (pad_tokens([encoded[index].ids for index in batch.indices], batch.length) for batch in batches)
+        padded = (
+            collect.given(pad_tokens([encoded[index].ids for index in batch.indices], batch.length))
+            for batch in batches
+        )
+        vectors = collect.empty(len(encoded), self.dim)
         for batch, result in zip(batches, self._threads().map(self.encode_tokens, padded), strict=True):
-            vectors[list(batch.indices)] = result
+            vectors[list(batch.indices)] = collect.taken(result)
         return vectors
 
-    def embed_images(self, images: Iterable[str | Path | bytes | Image.Image]) -> Float32:
+    @overload
+    def embed_images(
+        self, images: Iterable[str | Path | bytes | Image.Image], *, convert_to: Literal["numpy"] = ...
+    ) -> Float32: ...
+
+    @overload
+    def embed_images(
+        self, images: Iterable[str | Path | bytes | Image.Image], *, convert_to: Literal["torch"]
+    ) -> Tensor: ...
+
+    def embed_images(
+        self,
+        images: Iterable[str | Path | bytes | Image.Image],
+        *,
+        convert_to: Literal["numpy", "torch"] = "numpy",
+    ) -> Any:
         """Embeds images.
 
         Args:
             images: Paths, encoded files' bytes, or PIL images, in any mix.
+            convert_to: As for `embed_texts`.
 
         Returns:
             L2-normalised vectors [N, D] float32, in the order of the images.
@@ -216,14 +269,26 @@ class Embedder:
         """
         from PIL import Image
 
+        collect = self._collector(convert_to)
         sources = _listed("embed_images", "image", images, (str, Path, bytes, Image.Image))
-        groups = [sources[start : start + self.batch_size] for start in range(0, len(sources), self.batch_size)]
+        starts = range(0, len(sources), self.batch_size)
 
-        def embed(group: list[str | Path | bytes | Image.Image]) -> Float32:
-            return self.encode_crops(np.stack([self.transform.crop(source) for source in group]))
+        def embed(start: int) -> Any:
+            group = sources[start : start + self.batch_size]
+            return self.encode_crops(collect.given(np.stack([self.transform.crop(source) for source in group])))
 
-        vectors = self._threads().map(embed, groups)
-        return np.concatenate([np.empty((0, self.dim), np.float32), *vectors])
+        vectors = collect.empty(len(sources), self.dim)
+        for start, result in zip(starts, self._threads().map(embed, starts), strict=True):
+            vectors[start : start + len(result)] = collect.taken(result)
+        return vectors
+
+    def _collector(self, convert_to: str) -> Arrays:
+        if convert_to not in ("numpy", "torch"):
+            raise InputError(f"convert_to is {convert_to!r}; expected 'numpy' or 'torch'.")
+        if convert_to == "numpy":
+            return Arrays()
+        # A PCA that no kernel computes is computed in host memory.
+        return Tensors(self.backend.tensors_on if self.pca is None or self._fused else "")
 
     def _threads(self) -> ThreadPoolExecutor:
         """The threads of `embed_*`, made at its first call: as many as make best use of the backend, and one more.

@@ -103,3 +103,17 @@ def test_use_after_leaving_a_with_block_is_possible_again(tiny_bundle: Path) -> 
     with Embedder.from_bundle(tiny_bundle, "onnxruntime") as embedder:
         before = embedder.embed_texts(["a cup"])
     np.testing.assert_allclose(embedder.embed_texts(["a cup"]), before, atol=1e-6)
+
+
+def test_tensors_come_back_where_they_are_asked_for(embedder: Embedder) -> None:
+    texts = ["a red circle", "many words " * 40, ""]
+    tensor = embedder.embed_texts(texts, convert_to="torch")
+    assert isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32
+    np.testing.assert_array_equal(tensor.numpy(), embedder.embed_texts(texts))
+    photos = example_photos()[:2]
+    np.testing.assert_array_equal(
+        embedder.embed_images(photos, convert_to="torch").numpy(), embedder.embed_images(photos)
+    )
+    assert embedder.embed_images([], convert_to="torch").shape == (0, embedder.dim)
+    with pytest.raises(InputError, match="'numpy' or 'torch'"):
+        embedder.embed_texts(texts, convert_to="jax")  # type: ignore[call-overload]

@@ -34,10 +34,12 @@ def compile_stubs(folder: Path) -> None:
 def run_cases(cases: Path, folder: Path, environment: dict[str, str]) -> None:
     """Runs a file of tests in a process of its own that finds the stubs, and asserts that all of it passed."""
     command = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", str(cases)]
-    paths = os.pathsep.join([str(cases.parent), str(cases.parents[1])])
+    paths = [str(cases.parent), str(cases.parents[1]), os.environ.get("PYTHONPATH", "")]
+    libraries = [str(folder), os.environ.get("LD_LIBRARY_PATH", "")]
+    found = {"LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)), "PYTHONPATH": os.pathsep.join(paths)}
     result = subprocess.run(
         command,
-        env={**os.environ, "LD_LIBRARY_PATH": str(folder), "PYTHONPATH": paths, **environment},
+        env={**os.environ, **found, **environment},
         cwd=cases.parents[2],
         capture_output=True,
         text=True,

@@ -148,7 +148,8 @@ def write_plugin_graphs(bundle: Bundle, arch: int) -> None:
     import onnx
 
     for tower in INPUT_NAMES:
-        model = onnx.load(str(bundle.onnx(tower, "fp16")))
+        # Weights beside the fp16 graph are this one's too: it names the same file.
+        model = onnx.load(str(bundle.onnx(tower, "fp16")), load_external_data=False)
         head = load_head(bundle.path, tower, arch)
         assert head is not None
         with_head_plugin(model, tower, head)

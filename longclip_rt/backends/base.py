@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +52,7 @@ class Backend(ABC):
         concurrency: How many calls at a time make best use of the machine.
         batch_size: Images in a batch, a good default.
         pad_multiple: Text batches are padded to a multiple of this many tokens.
+        takes_crops: Whether the image tower takes crops too, and normalises them where it runs.
         opens_in_forks: Whether its library can be used anew in a fork of a process that has used it.
 
     Raises:
@@ -58,10 +60,12 @@ class Backend(ABC):
     """
 
     name: str
+    takes_crops: bool = False
     batch_size: int = 8
     pad_multiple: int = 8
     concurrency: int = 1
     opens_in_forks: ClassVar[bool] = False
+    not_apart: str = "copies, encoder and head are one call of the library"
 
     def __init__(self, bundle: Bundle, precision: str) -> None:
         if _first_opened.setdefault(type(self), os.getpid()) != os.getpid() and not self.opens_in_forks:
@@ -96,6 +100,11 @@ class Backend(ABC):
         """SHA-256 of the PCA that a kernel of its own gives as `text_pca` and `image_pca`; empty where none does."""
         return ""
 
+    @property
+    def tensors_on(self) -> str:
+        """The PyTorch device whose tensors `run_on_device` takes, such as `cuda:0`; empty where it takes none."""
+        return ""
+
     def corners(self, tower: str) -> list[tuple[str, int | None, int]]:
         """Batches at which the kernels may change, which the self-check tries: what runs them, tokens, and rows."""
         return []
@@ -104,7 +113,8 @@ class Backend(ABC):
         """Makes the first conversion and inference, in the thread that opens the backend and before any other can.
 
         Libraries set up their interface to numpy at the first conversion, behind a lock that two threads can deadlock
-        on: one holds it and waits for Python's interpreter lock, the other the reverse.
+        on: one holds it and waits for Python's interpreter lock, the other the reverse. OpenVINO and ONNX Runtime make
+        only a conversion on the CPU, and load a tower when it is first needed.
         """
         self.run("text", np.full((1, 1), self.bundle.architecture.eot_id, np.int32))
 
@@ -117,16 +127,16 @@ class Backend(ABC):
 
         Args:
             tower: `text` or `image`.
-            inputs: Token ids [B, S], any integers, 1 <= S <= the context length; or normalised pixels [B, 3, H, W],
-                any floats. They are run as int32 and float32.
+            inputs: Token ids [B, S], any integers, 1 <= S <= the context length; or what `images` gave, pixels in any
+                floats. They are run as int32 and float32 (crops as uint8).
             outputs: Names out of `bundle.outputs(tower)`; None for the embedding alone.
 
         Returns:
             One float32 array an output; embeddings are [B, D] and L2-normalised.
 
         Raises:
-            BackendError: The tower, the shape or an output's name is not the model's, an input is of another kind or not
-                finite, or the process is a fork of the one that opened the backend.
+            BackendError: The tower, the shape or an output's name is not the model's, an input is of another kind or
+                not finite, or the process is a fork of the one that opened the backend.
         """
         if tower not in INPUT_NAMES:
             raise BackendError(f"There is no tower {tower!r}; there are {' and '.join(INPUT_NAMES)}.")
@@ -148,6 +158,45 @@ class Backend(ABC):
                     self._used.add(tower)
                     return _finite(tower, given, results)
         return _finite(tower, given, self._run(tower, given, names))
+
+    def images(self, crops: NDArray[np.uint8]) -> NDArray[np.generic]:
+        """What `run` takes for cropped images [B, H, W, 3] uint8.
+
+        Returns:
+            The crops themselves where `takes_crops`, else normalised pixels [B, 3, H, W] float32.
+
+        Raises:
+            InputError: Another shape or dtype.
+        """
+        return crops if self.takes_crops else self.bundle.transform.normalize(crops)
+
+    def run_on_device(self, tower: str, inputs: object, outputs: Sequence[str] | None = None) -> list[Any]:
+        """Runs one tower on what lies on a GPU, and leaves the outputs there.
+
+        Raises:
+            BackendError: This backend cannot.
+        """
+        raise BackendError(
+            f"The {self.name} backend on {self.device} takes numpy arrays. Tensors on a GPU are taken by "
+            f"--backend torch on that GPU; got {type(inputs).__name__}."
+        )
+
+    def timed(self, tower: str, inputs: NDArray[np.generic]) -> dict[str, float]:
+        """Runs one tower, and takes the time of the stages that the backend can tell apart.
+
+        Args:
+            tower: `text` or `image`.
+            inputs: As for `run`.
+
+        Returns:
+            Seconds, under some of the names `copy in`, `encoder`, `head`, `copy out`.
+
+        Raises:
+            BackendError: As for `run`.
+        """
+        started = time.perf_counter()
+        self.run(tower, inputs)
+        return {"encoder": time.perf_counter() - started}
 
     def check_process(self) -> None:
         """Makes sure that this process opened the backend.
@@ -179,6 +228,10 @@ class Backend(ABC):
                     f"to {most}. Tokenize with the bundle's own tokenizer."
                 )
             return np.ascontiguousarray(inputs, np.int32)
+        if self.takes_crops and inputs.dtype == np.uint8:
+            if len(shape) != 4 or not shape[0] or shape[1:] != (size, size, 3):
+                raise BackendError(f"Crops must be [batch, {size}, {size}, 3], batch at least 1; got {list(shape)}.")
+            return np.ascontiguousarray(inputs)
         if len(shape) != 4 or not shape[0] or shape[1:] != (3, size, size):
             raise BackendError(f"Pixels must be [batch, 3, {size}, {size}], batch at least 1; got {list(shape)}.")
         if not np.issubdtype(inputs.dtype, np.floating):

@@ -35,6 +35,7 @@ class DevicePool(Backend):
                 "one kind with --devices."
             )
         self.batch_size, self.pad_multiple = first.batch_size, first.pad_multiple
+        self.takes_crops = first.takes_crops
         self.concurrency = sum(member.concurrency for member in members)
         # Each as often as it takes calls at a time, in turn, so that the first calls spread over all.
         self._free: queue.SimpleQueue[Backend] = queue.SimpleQueue()

@@ -65,8 +65,13 @@ class OnnxRuntimeBackend(Backend):
             return self._sessions[tower]
 
     def prepare(self) -> None:
-        """Opens both sessions, and uses one."""
-        for tower in self._graphs if self.on_gpu else ():
+        """On a GPU, opens both sessions and uses one. On the CPU makes a conversion alone: each session is opened at
+        its first inference, which `run` lets no other overlap, so that a tower that is never used costs nothing.
+        """
+        if not self.on_gpu:
+            self._ort.OrtValue.ortvalue_from_numpy(np.zeros(1, np.float32))
+            return
+        for tower in self._graphs:
             self._session(tower)
         super().prepare()
 

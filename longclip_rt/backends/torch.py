@@ -2,24 +2,22 @@
 
 Where those are not at hand any more, it takes them from the bundle's own fp32 graphs.
 
-On a CPU it runs batches as they come. On an NVIDIA GPU it is a fast way without TensorRT: texts are padded to a few
-lengths and batches to a few sizes, each of which is captured once as a CUDA graph and then launched as a whole.
+On a CPU it runs batches as they come. On an NVIDIA GPU it is a fast way without TensorRT: static shapes under CUDA
+graphs, crops that become pixels there, and the Triton kernel of the PCA head.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from longclip_rt.backends.base import Backend, Float32
+from longclip_rt.backends.base import EMBEDDINGS, Backend, Float32
 from longclip_rt.backends.graph_weights import weights_of
+from longclip_rt.backends.torch_graphs import BUCKETS, SLOTS, StaticTowers
 from longclip_rt.bundle.bundle import Bundle
 from longclip_rt.errors import BackendError, LongClipError
 from longclip_rt.system.extras import require
@@ -31,30 +29,33 @@ logger = logging.getLogger("longclip_rt")
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
-SIZES = (1, 8, 32, 64, 256)
-"""Rows of the batches that graphs are captured for; others are padded up to the next, larger ones are cut up."""
 
-BUCKETS = (32, 77, 128, 248)
-"""Tokens that texts are padded to on a GPU, as far as the model's context goes."""
+def checkpoint_of(bundle: Bundle) -> Checkpoint:
+    """The weights that a bundle names; where they are not at hand, those in its fp32 graphs: the same.
 
+    Raises:
+        BackendError: The named weights are others by now, or are neither there nor in the graphs.
+        MissingExtraError: PyTorch or onnx is not installed.
+    """
+    torch: Any = require("torch", "export")
+    from longclip_rt.weights.checkpoint import Checkpoint, load_checkpoint
 
-def padded_size(rows: int) -> int:
-    """The least of `SIZES` that holds so many rows."""
-    return next(size for size in SIZES if size >= rows)
-
-
-def pieces(rows: int) -> list[slice]:
-    """Where a batch is cut, so that no part is larger than the largest of `SIZES`."""
-    return [slice(start, min(start + SIZES[-1], rows)) for start in range(0, rows, SIZES[-1])]
-
-
-@dataclass(frozen=True, eq=False)
-class _Static:
-    """A tower for one shape: what is copied in, what runs it, and where its outputs are then."""
-
-    given: Any
-    run: Callable[[], object]
-    outputs: Sequence[Any]
+    source = bundle.manifest["source"]
+    try:
+        checkpoint = load_checkpoint(source["weights"], activation=source["activation"])
+    except LongClipError as error:
+        logger.info(
+            "%s cannot be loaded (%s); torch takes the weights in the bundle's graphs", source["weights"], error
+        )
+        state = {name: torch.tensor(array) for name, array in weights_of(bundle).items()}
+        state["logit_scale"] = torch.zeros(())  # no embedding depends on it
+        return Checkpoint(state, bundle.architecture, str(bundle.path), None, bundle.trained)
+    if checkpoint.sha256 != source["sha256"]:
+        raise BackendError(
+            f"{source['weights']} is not what the bundle was exported from: its SHA-256 is "
+            f"{checkpoint.sha256}, and the bundle names {source['sha256']}. Export it again, or use --backend auto."
+        )
+    return checkpoint
 
 
 class TorchBackend(Backend):
@@ -78,42 +79,76 @@ class TorchBackend(Backend):
         self._device = self._torch.device("cpu" if device is None else f"cuda:{device}")
         from longclip_rt.weights.checkpoint import towers_from_checkpoint
 
-        checkpoint = self._checkpoint()
+        checkpoint = checkpoint_of(bundle)
         dtype = {"fp32": self._torch.float32, "bf16": self._torch.bfloat16, "fp16": self._torch.float16}[precision]
         text, image = towers_from_checkpoint(checkpoint)
         if bundle.pca is not None:
             mode = bundle.manifest["pca"]["mode"]
             text, image = text.with_pca(bundle.pca, mode), image.with_pca(bundle.pca, mode)
-        self._towers: dict[str, Any] = {
-            "text": text.with_outputs(bundle.outputs("text")).to(self._device, dtype),
-            "image": image.with_outputs(bundle.outputs("image")).to(self._device, dtype),
-        }
-        self._on_gpu = device is not None
+        text, image = text.with_outputs(bundle.outputs("text")), image.with_outputs(bundle.outputs("image"))
+        self._on_gpu, self._kernel = device is not None, False
         if self._on_gpu:
-            self.batch_size = 64
-        self._lock = threading.Lock()
-        self._static: dict[tuple[str, tuple[int, ...]], _Static] = {}
+            self.batch_size, self.concurrency, self.takes_crops = 64, SLOTS, True
+            self.not_apart = "the head is a part of the encoder"
+            if bundle.pca is not None and bundle.manifest["pca"]["mode"] == "project":
+                self._kernel = all(self._with_kernel(tower, dtype) for tower in (text, image))
+        self._towers: dict[str, Any] = {
+            "text": text.to(self._device, dtype),
+            "image": image.to(self._device, dtype),
+        }
+        self._static = self._static_towers() if self._on_gpu else None
 
-    def _checkpoint(self) -> Checkpoint:
-        """The weights that the bundle names; where they are not at hand, those in its fp32 graphs: the same."""
-        from longclip_rt.weights.checkpoint import Checkpoint, load_checkpoint
+    def _static_towers(self) -> StaticTowers:
+        names = {tower: self.bundle.outputs(tower) for tower in self._towers}
+        towers = {"text": self._towers["text"], "image": self._image_encoder()}
+        return StaticTowers(self._torch, self._device, towers, names, self.buckets)
 
-        source = self.bundle.manifest["source"]
+    def _image_encoder(self) -> Callable[[Any], Any]:
+        """The image tower on crops [B, H, W, 3] uint8, normalised as the host does it; or on pixels."""
+        torch, transform, tower = self._torch, self.bundle.transform, self._towers["image"]
+        # As tensors: PyTorch would multiply by the reciprocal of a number, which rounds otherwise.
+        white = torch.tensor(255.0, device=self._device)
+        mean, std = (
+            torch.tensor(values, dtype=torch.float32, device=self._device)[:, None, None]
+            for values in (transform.mean, transform.std)
+        )
+
+        def encode(images: Any) -> Any:
+            if images.dtype == torch.uint8:
+                images = (images.permute(0, 3, 1, 2).float() / white - mean) / std
+            return tower(images)
+
+        return encode
+
+    def _with_kernel(self, tower: Any, dtype: Any) -> bool:
+        """Lets a tower's PCA be computed by the Triton kernel; says so and leaves it where Triton is not there."""
         try:
-            checkpoint = load_checkpoint(source["weights"], activation=source["activation"])
-        except LongClipError as error:
-            logger.info(
-                "%s cannot be loaded (%s); torch takes the weights in the bundle's graphs", source["weights"], error
-            )
-            state = {name: self._torch.tensor(array) for name, array in weights_of(self.bundle).items()}
-            state["logit_scale"] = self._torch.zeros(())  # no embedding depends on it
-            return Checkpoint(state, self.bundle.architecture, str(self.bundle.path), None, self.bundle.trained)
-        if checkpoint.sha256 != source["sha256"]:
-            raise BackendError(
-                f"{source['weights']} is not what the bundle was exported from: its SHA-256 is "
-                f"{checkpoint.sha256}, and the bundle names {source['sha256']}. Export it again, or use --backend auto."
-            )
-        return checkpoint
+            from longclip_rt.kernels.pca_head import head_weights, pca_head
+        except ImportError as error:
+            logger.info("the PCA is computed by operators, not by the Triton kernel: %s", error)
+            return False
+        assert self.bundle.pca is not None
+        basis, norm = self.bundle.pca.basis(tower.kind), tower.final_norm
+        mean, components = (self._torch.from_numpy(array) for array in (basis.mean, basis.components))
+        given = (norm.weight, norm.bias, tower.projection, mean, components)
+        weights = head_weights(*(each.to(self._device) for each in given), dtype=dtype, eps=norm.eps)
+
+        def head(states: Any) -> tuple[Any, Any]:
+            reduced, embedding = pca_head(states.to(dtype), weights, with_embedding=True)
+            return embedding, reduced
+
+        tower.fused_head = head
+        return True
+
+    @property
+    def fused_pca(self) -> str:
+        """SHA-256 of the PCA that the Triton kernel computes; empty where it does not."""
+        return str(self.bundle.manifest["pca"]["sha256"]) if self._kernel else ""
+
+    @property
+    def tensors_on(self) -> str:
+        """Its GPU."""
+        return str(self._device) if self._on_gpu else ""
 
     @property
     def version(self) -> str:
@@ -134,64 +169,53 @@ class TorchBackend(Backend):
         return (*(bucket for bucket in BUCKETS if bucket < context), context) if self._on_gpu else ()
 
     def _run(self, tower: str, inputs: NDArray[np.generic], outputs: Sequence[str]) -> list[Float32]:
-        names = self.bundle.outputs(tower)
-        if self._on_gpu:
-            results = [self._run_static(tower, inputs[piece], outputs) for piece in pieces(len(inputs))]
-            return [np.concatenate(parts) for parts in zip(*results, strict=True)]
+        if self._static is not None:
+            return self._static.run(tower, inputs, outputs)
         with self._torch.inference_mode():
             computed = self._towers[tower](self._torch.from_numpy(np.ascontiguousarray(inputs)))
-        named = dict(zip(names, computed, strict=True))
+        named = dict(zip(self.bundle.outputs(tower), computed, strict=True))
         return [named[name].numpy() for name in outputs]
 
-    def _run_static(self, tower: str, inputs: NDArray[np.generic], outputs: Sequence[str]) -> list[Float32]:
-        """Pads a batch to a size that there is a graph of, and drops what was added."""
-        rows, length = len(inputs), inputs.shape[1]
-        shape = (padded_size(rows), *inputs.shape[1:])
+    def timed(self, tower: str, inputs: NDArray[np.generic]) -> dict[str, float]:
+        """On a GPU by CUDA events: copy in (filling up to the captured shape included), encoder with head, copy out."""
+        if self._static is None:
+            return super().timed(tower, inputs)
+        return self._static.timed(tower, inputs, self.bundle.outputs(tower)[:1])
+
+    def run_on_device(self, tower: str, inputs: Any, outputs: Sequence[str] | None = None) -> list[Any]:
+        """Runs one tower on a tensor that lies on this backend's GPU.
+
+        Args:
+            tower: `text` or `image`.
+            inputs: What gives it through DLPack: token ids [B, S], or crops [B, H, W, 3] uint8.
+            outputs: As `run` takes them.
+
+        Returns:
+            One `torch.Tensor` float32 an output, on the same GPU and in order with PyTorch's current stream there.
+
+        Raises:
+            BackendError: This backend runs on the CPU, or the tensor is not what the tower takes.
+        """
+        if self._static is None:
+            return super().run_on_device(tower, inputs, outputs)
+        tensor, size = self._torch.from_dlpack(inputs), self.bundle.architecture.image_size
+        context = self.bundle.architecture.context_length
+        if tensor.device != self._device:
+            raise BackendError(f"The tensor is on {tensor.device}, and this backend on {self._device}. Move one.")
         if tower == "text":
-            shape = (shape[0], next(bucket for bucket in self.buckets if bucket >= length))
-        filled = np.zeros(shape, inputs.dtype)
-        filled[tuple(slice(0, size) for size in inputs.shape)] = inputs
-        with self._lock, self._exact():
-            if (tower, shape) not in self._static:
-                self._static[tower, shape] = self._captured(tower, filled)
-            static = self._static[tower, shape]
-            static.given.copy_(self._torch.from_numpy(filled))
-            static.run()
-            named = dict(zip(self.bundle.outputs(tower), static.outputs, strict=True))
-            results = [named[name][:rows].float().cpu().numpy() for name in outputs]
-        if tower == "text":  # states of all tokens have as many as were asked for
-            results = [each[:, :length] if each.ndim == 3 else each for each in results]
-        return results
-
-    @contextlib.contextmanager
-    def _exact(self) -> Iterator[None]:
-        """fp32 is fp32: without the 10-bit products that cuDNN takes for convolutions unless it is told."""
-        cudnn, products = self._torch.backends.cudnn, self._torch.backends.cuda.matmul
-        before = products.allow_tf32
-        with cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            products.allow_tf32 = False
-            try:
-                with self._torch.inference_mode(), self._torch.cuda.device(self._device):
-                    yield
-            finally:
-                products.allow_tf32 = before
-
-    def _captured(self, tower: str, example: NDArray[np.generic]) -> _Static:
-        """The CUDA graph of a tower for one shape, captured after two runs: libraries set up things at first use."""
-        torch = self._torch
-        given = torch.from_numpy(example).to(self._device)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                self._towers[tower](given)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = self._towers[tower](given)
-        return _Static(given, graph.replay, outputs)
+            fits = (
+                tensor.ndim == 2 and len(tensor) and 1 <= tensor.shape[1] <= context and not tensor.is_floating_point()
+            )
+            wanted = f"integers [batch, 1 to {context}]"
+        else:
+            fits = tensor.ndim == 4 and len(tensor) and tuple(tensor.shape[1:]) == (size, size, 3)
+            fits, wanted = fits and tensor.dtype == self._torch.uint8, f"uint8 [batch, {size}, {size}, 3]"
+        if not fits:
+            raise BackendError(f"The {tower} tower takes {wanted}; got {tensor.dtype} {list(tensor.shape)}.")
+        tensor = tensor.to(self._torch.int32) if tower == "text" else tensor
+        return self._static.run_on_device(tower, tensor, [EMBEDDINGS[tower]] if outputs is None else list(outputs))
 
     def _close(self) -> None:
         """Lets go of captured graphs; the towers go with the backend."""
-        with self._lock:
-            self._static.clear()
+        if self._static is not None:
+            self._static.close()

@@ -145,7 +145,7 @@ def bundles_home() -> Path:
 def load_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
     """Opens a bundle and checks that it is whole.
 
-    Every file is hashed the first time; afterwards sizes and dates are compared with those noted then.
+    Every file is hashed the first time; afterwards only those whose size, date or inode is not the one noted then.
 
     Args:
         path: The bundle's directory.
@@ -175,14 +175,8 @@ def _loaded(directory: Path, verify: bool) -> Bundle:
                 f"{file} has {file.stat().st_size} bytes, and the manifest says {expected['size']}: the copy is "
                 "incomplete or was changed. Export or copy the bundle again."
             )
-    if verify and not _verified_before(bundle):
-        for name, expected in files.items():
-            if (found := sha256_of_file(bundle.file(name))) != expected["sha256"]:
-                raise BundleError(
-                    f"{bundle.file(name)} is damaged: its SHA-256 is {found[:12]}..., and the manifest says "
-                    f"{str(expected['sha256'])[:12]}.... Export or copy the bundle again."
-                )
-        _note_verified(bundle)
+    if verify:
+        _check_hashes(bundle)
     return bundle
 
 
@@ -191,27 +185,39 @@ def _manifest(directory: Path) -> dict[str, Any]:
     return read_fields(directory, {"all": [TOKENIZER], "pca": [PCA], **graphs})
 
 
-def _stamp_file(bundle: Bundle) -> Path:
-    return bundles_home().parent / "verified" / f"{sha256_of_json([str(bundle.path), bundle.sha256])}.json"
+def _check_hashes(bundle: Bundle) -> None:
+    """Hashes the files that were not hashed before in the state that they are in."""
+    noted, states = _noted(bundle), {}
+    for name, expected in bundle.manifest["files"].items():
+        state = bundle.file(name).stat()
+        states[name] = [expected["sha256"], state.st_size, state.st_mtime_ns, state.st_ino]
+        if noted.get(name) != states[name] and (found := sha256_of_file(bundle.file(name))) != expected["sha256"]:
+            raise BundleError(
+                f"{bundle.file(name)} is damaged: its SHA-256 is {found[:12]}..., and the manifest says "
+                f"{str(expected['sha256'])[:12]}.... Export or copy the bundle again."
+            )
+    if noted != states:
+        _note(bundle, states)
 
 
-def _stamp(bundle: Bundle) -> dict[str, list[int]]:
-    states = {name: bundle.file(name).stat() for name in bundle.manifest["files"]}
-    return {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
+def _notes_file(bundle: Bundle) -> Path:
+    return bundles_home().parent / "verified" / f"{sha256_of_json(str(bundle.path))}.json"
 
 
-def _verified_before(bundle: Bundle) -> bool:
+def _noted(bundle: Bundle) -> dict[str, Any]:
+    """File -> its hash, size, date and inode when it was hashed last; empty where nothing is noted."""
     try:
-        return bool(json.loads(_stamp_file(bundle).read_text(encoding="utf-8")) == _stamp(bundle))
+        noted = json.loads(_notes_file(bundle).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
+        return {}
+    return noted if isinstance(noted, dict) else {}
 
 
-def _note_verified(bundle: Bundle) -> None:
-    stamp = _stamp_file(bundle)
+def _note(bundle: Bundle, states: Mapping[str, Any]) -> None:
+    notes = _notes_file(bundle)
     try:
-        stamp.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(stamp, json.dumps(_stamp(bundle)))
+        notes.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(notes, json.dumps(states))
     except (OSError, OutputError) as error:
         # Without the note the next load hashes again: slower, and just as safe.
         logger.debug("could not note that %s was verified: %s", bundle.path, error)

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from longclip_rt.commands.bar import Bar
 from longclip_rt.commands.options import SectionedCommand, gpu_numbers, runs_the_model, takes_a_pca
 from longclip_rt.system.streams import told_at_best
 
 if TYPE_CHECKING:
     from longclip_rt.embedding.pipeline import EmbedReport
 
-_SUFFIXES = (".parquet", ".npy", ".jsonl")
-# A progress bar that appears in a log file only after this many seconds, and then has this many between its updates.
-_LOG_DELAY = 2.0
-_LOG_INTERVAL = 10.0
+_SUFFIXES = (".parquet", ".npy", ".jsonl", ".lance", ".faiss")
 _STOPPED = "Stopped. Give the same command again to go on, or add --restart to begin anew."
 
 
@@ -30,52 +25,9 @@ def _output_name(context: click.Context, parameter: click.Parameter, value: Path
     return value
 
 
-class _Bar:
-    """A progress bar on stderr: at once on a terminal, after a while in a log, never when quiet."""
-
-    def __init__(self, quiet: bool) -> None:
-        self._quiet = quiet
-        self._bar: Any = None
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def begin(self, total: int, done: int, columns: Mapping[str, str]) -> None:
-        """Shows what was found and starts the bar."""
-        if self._quiet:
-            return
-        from tqdm import tqdm
-
-        for name, column in columns.items():
-            click.echo(f"Reading column {column!r} of {name}.", err=True)
-        if done:
-            click.echo(f"Going on: {done:,} of {total:,} inputs were done before.", err=True)
-        terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=total,
-            initial=done,
-            unit=" inputs",
-            file=sys.stderr,
-            dynamic_ncols=terminal,
-            delay=0 if terminal else _LOG_DELAY,
-            mininterval=0.1 if terminal else _LOG_INTERVAL,
-        )
-
-    def advance(self, entries: int) -> None:
-        """Moves the bar."""
-        if self._bar is not None:
-            self._bar.update(entries)
-
-
 _SECTIONS = {
     "Input": ("texts", "column", "truncate", "max_stream"),
-    "Output": ("output", "dtype", "pca", "pca_mode", "overwrite", "allow_rejects"),
+    "Output": ("output", "dtype", "index", "pca", "pca_mode", "overwrite", "allow_rejects"),
     "Model and machine": ("bundle", "backend", "precision", "devices", "batch_size", "workers"),
     "Begun work": ("restart", "shard_size"),
 }
@@ -89,8 +41,9 @@ _SECTIONS = {
     "output",
     type=click.Path(path_type=Path),
     callback=_output_name,
-    help="Where to write: .parquet, .npy (with .ids.jsonl and .meta.json beside it) or .jsonl (with .meta.json). "
-    "Default: the list's stem with .parquet, in the working directory.",
+    help="Where to write: .parquet, .npy (with .ids.jsonl and .meta.json beside it), .jsonl (with .meta.json), .lance "
+    "(a table of Lance and LanceDB) or .faiss (an index, with .ids.jsonl and .meta.json). Default: the list's stem "
+    "with .parquet, in the working directory.",
 )
 @click.option(
     "--bundle",
@@ -130,6 +83,13 @@ _SECTIONS = {
     default="float32",
     show_default=True,
     help="Number format of the vectors written.",
+)
+@click.option(
+    "--index",
+    type=click.Choice(["flat", "hnsw", "ivf-pq"]),
+    default="flat",
+    show_default=True,
+    help="What .faiss is searched with; .lance takes flat and ivf-pq. flat is exact, the others approximate.",
 )
 @click.option("--texts", is_flag=True, help="Each line is itself a text, and not the name of a file.")
 @click.option(
@@ -188,6 +148,7 @@ def embed(
       longclip-rt embed files.txt
       longclip-rt embed photos/ -o photos.parquet
       longclip-rt embed captions.txt --texts -o captions.npy --dtype float16
+      longclip-rt embed files.txt -o files.lance --index ivf-pq
       longclip-rt embed files.txt --backend tensorrt --devices 0,1
       longclip-rt embed files.txt -o short.parquet --pca pca.safetensors
       longclip-rt embed pairs.jsonl --texts --column long_caption --no-truncate
@@ -206,7 +167,7 @@ def embed(
             from longclip_rt.system.closing import closed_after
 
             opened = Embedder.from_bundle(bundle, backend, precision, pca, pca_mode, devices)
-            with closed_after(opened) as embedder, _Bar(quiet) as bar:
+            with closed_after(opened) as embedder, Bar(quiet) as bar:
                 report = embed_files(files, output, embedder, settings, bar)
     except KeyboardInterrupt:
         click.echo(_STOPPED, err=True)

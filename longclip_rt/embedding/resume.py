@@ -69,13 +69,14 @@ def take_up(workspace: Workspace, state: dict[str, str], *, overwrite: bool, res
 
 
 def _goes_on(begun: Mapping[str, str], state: Mapping[str, str]) -> bool:
-    """Whether begun work fits: all is the same, or the files were moved as they are, or some of them were changed.
+    """Whether begun work fits: all is the same, or the files were moved as they are, or some of them were changed, or
+    the output gets another index, which is built at the end.
 
     The shards that changed files are in are made anew. Where the places and the files both differ, as many files as
     there are may be other ones of the same names.
     """
     differing = {key for key in {*begun, *state} if begun.get(key) != state.get(key)}
-    return differing <= {"places"} or differing <= {"files"}
+    return differing <= {"places"} or differing <= {"files"} or differing <= {"index"}
 
 
 def check_neighbours(files: OutputFiles, *, overwrite: bool) -> None:

@@ -86,6 +86,7 @@ class _Tower(nn.Module):
         blocks: The transformer's blocks, first to last.
         outputs: Names of what `forward` returns, in order.
         pca_head: What gives the embedding and its PCA where `with_pca` made the tower; else None.
+        fused_head: What gives both at once from states before the final LayerNorm, [B, W], in its place; or None.
     """
 
     kind: str
@@ -98,6 +99,12 @@ class _Tower(nn.Module):
         self.blocks = nn.ModuleList(Block(block, causal=causal) for block in transformer.resblocks)  # type: ignore[assignment]
         self.outputs: tuple[str, ...] = (self.embedding,)
         self.pca_head: PcaHead | None = None
+        self.fused_head: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+
+    @property
+    def final_norm(self) -> nn.LayerNorm:
+        """The LayerNorm of the pooled state."""
+        raise NotImplementedError
 
     @property
     def projection(self) -> Tensor:
@@ -139,12 +146,20 @@ class _Tower(nn.Module):
         tower.outputs = (*self.outputs, f"{self.kind}_pca")
         return tower
 
-    def _embeddings(self, pooled: Callable[[], Tensor]) -> dict[str, Callable[[], Tensor]]:
-        """The embedding of pooled states [B, W], and its PCA where there is a head: both out of one product."""
-        if self.pca_head is None:
+    def _pooled(self, last: Tensor) -> dict[str, Callable[[], Tensor]]:
+        """What comes of pooled states [B, W]: normalised, the embedding, and its PCA where there is a head."""
+
+        def pooled() -> Tensor:
+            return _norm(self.final_norm, last)
+
+        return {"pooler_output": pooled, **self._embeddings(last, pooled)}
+
+    def _embeddings(self, last: Tensor, pooled: Callable[[], Tensor]) -> dict[str, Callable[[], Tensor]]:
+        head, fused = self.pca_head, self.fused_head
+        if head is None:
             return {self.embedding: lambda: _normalized(pooled(), self.projection)}
-        head = self.pca_head
-        both = functools.cache(lambda: head(pooled()))
+        # Both out of one product.
+        both = functools.cache(lambda: head(pooled()) if fused is None else fused(last))
         return {self.embedding: lambda: both()[0], f"{self.kind}_pca": lambda: both()[1]}
 
     def _check(self, outputs: Sequence[str]) -> tuple[str, ...]:
@@ -221,6 +236,12 @@ class TextTower(_Tower):
         return table[:length]
 
     @property
+    def final_norm(self) -> nn.LayerNorm:
+        """`ln_final`."""
+        norm: nn.LayerNorm = self.ln_final
+        return norm
+
+    @property
     def projection(self) -> Tensor:
         """From the text width W to an embedding, [W, D]."""
         projection: Tensor = self.text_projection
@@ -244,17 +265,8 @@ class TextTower(_Tower):
 
         rows = torch.arange(ids.shape[0], device=ids.device)
         states, last = self._run_blocks(x, lambda tokens: tokens[rows, eot])
-
-        def pooled() -> Tensor:
-            return _norm(self.ln_final, last)
-
         return self._named(
-            states,
-            {
-                **self._embeddings(pooled),
-                "pooler_output": pooled,
-                "last_hidden_state": lambda: _norm(self.ln_final, states[-1]),
-            },
+            states, {**self._pooled(last), "last_hidden_state": lambda: _norm(self.ln_final, states[-1])}
         )
 
 
@@ -281,6 +293,12 @@ class ImageTower(_Tower):
         self.proj = visual.proj
 
     @property
+    def final_norm(self) -> nn.LayerNorm:
+        """`ln_post`."""
+        norm: nn.LayerNorm = self.ln_post
+        return norm
+
+    @property
     def projection(self) -> Tensor:
         """From the vision width W to an embedding, [W, D]."""
         projection: Tensor = self.proj
@@ -299,18 +317,7 @@ class ImageTower(_Tower):
         first = self.class_embedding.expand(pixels.shape[0], 1, -1)  # [B, 1, W]
         x = torch.cat([first, patches], dim=1) + self.positional_embedding  # [B, T, W]
         states, last = self._run_blocks(_norm(self.ln_pre, x), lambda tokens: tokens[:, 0])
-
-        def pooled() -> Tensor:
-            return _norm(self.ln_post, last)
-
-        return self._named(
-            states,
-            {
-                **self._embeddings(pooled),
-                "pooler_output": pooled,
-                "last_hidden_state": lambda: states[-1],
-            },
-        )
+        return self._named(states, {**self._pooled(last), "last_hidden_state": lambda: states[-1]})
 
 
 def open_clip_model(architecture: Architecture, state_dict: dict[str, Tensor]) -> nn.Module:

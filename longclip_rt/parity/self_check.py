@@ -76,7 +76,7 @@ def run_self_check(backend: Backend) -> None:
         return
     limit = LIMITS[backend.precision]
     for tower in TOWERS:
-        inputs = _inputs(backend.bundle, tower, arrays[tower])
+        inputs = arrays[tower] if tower == "text" else backend.images(arrays[tower].astype(np.uint8))
         for name in (EMBEDDINGS[tower], f"{tower}_pca") if backend.fused_pca else (EMBEDDINGS[tower],):
             # An embedding's error grows where a PCA's rows are scaled to length 1.
             span = float(arrays[f"{name}.span"][0])
@@ -106,12 +106,6 @@ def _figures(bundle: Bundle) -> dict[str, NDArray[np.generic]] | None:
     except (OSError, SafetensorError) as error:
         raise BackendError(f"{bundle.file(FILE)} cannot be read: {error}. Export or copy the bundle again.") from error
     return arrays
-
-
-def _inputs(bundle: Bundle, tower: str, array: NDArray[np.generic]) -> NDArray[np.generic]:
-    if tower == "text":
-        return array
-    return bundle.transform.normalize(array.astype(np.uint8))
 
 
 def _batches(

@@ -21,6 +21,7 @@ from longclip_rt.bundle.bundle import (
 )
 from longclip_rt.bundle.manifest import content_hash, write_fields
 from longclip_rt.errors import BackendError, BundleError
+from longclip_rt.system.files import sha256_of_file
 
 
 @pytest.fixture
@@ -141,8 +142,9 @@ def test_another_models_tokenizer_is_refused_though_the_manifest_names_it(copy: 
     fields = json.loads((copy / "old.json").read_text())
     (copy / "old.json").unlink()
     write_manifest(copy, {key: value for key, value in fields.items() if key not in ("files", "content", "format")})
-    with pytest.raises(BundleError, match="is another model's: it has 4096 tokens"):
-        Embedder.from_bundle(copy, "onnxruntime")
+    problem = "is another model's: it has 4096 tokens"
+    with Embedder.from_bundle(copy, "onnxruntime") as embedder, pytest.raises(BundleError, match=problem):
+        embedder.embed_texts(["a cup"])
 
 
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
@@ -236,3 +238,27 @@ def test_the_identity_ignores_dates_and_follows_content(tiny_bundle: Path, copy:
     manifest["files"]["text.onnx"]["sha256"] = "0" * 64
     write_fields(copy, manifest)
     assert load_bundle(copy, verify=False).sha256 != load_bundle(tiny_bundle).sha256
+
+
+def test_only_files_that_changed_are_hashed_again(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+
+    def note(path: Path) -> str:
+        hashed.append(path.name)
+        return sha256_of_file(path)
+
+    monkeypatch.setattr(bundles, "sha256_of_file", note)
+    files = set(load_bundle(copy).manifest["files"])
+    assert set(hashed) == files
+    hashed.clear()
+    load_bundle(copy)
+    assert hashed == []
+    (copy / "image.onnx").write_bytes((copy / "image.onnx").read_bytes())  # the same content at another time
+    load_bundle(copy)
+    load_bundle(copy)
+    assert hashed == ["image.onnx"]
+    shutil.copy(copy / "text.onnx", copy / "another")  # the same content, size and date in another file
+    shutil.copystat(copy / "text.onnx", copy / "another")
+    (copy / "another").replace(copy / "text.onnx")
+    load_bundle(copy)
+    assert hashed == ["image.onnx", "text.onnx"]

@@ -18,8 +18,12 @@ from typing import Any
 
 from trt_signatures import signatures
 
-# `tensorrt_bindings`, or `tensorrt_rtx`, whose classes are the same where they are used.
-real: Any = importlib.import_module(os.environ["IMITATED_LIBRARY"])
+real: Any
+if "IMITATED_LIBRARY" in os.environ:
+    # `tensorrt_bindings`, or `tensorrt_rtx`, whose classes are the same where they are used.
+    real = importlib.import_module(os.environ["IMITATED_LIBRARY"])
+else:
+    from real_driver import BINDINGS as real
 PACKAGE = "tensorrt_rtx" if real.__name__ == "tensorrt_rtx" else "tensorrt"
 VERSION = {"tensorrt": "11.4.0", "tensorrt_rtx": "1.7.1"}[PACKAGE]
 
@@ -42,10 +46,12 @@ def callables(function: Any) -> list[inspect.Signature]:
 class Checked:
     """An imitated object that can do only what objects of the real class can."""
 
-    def __init__(self, imitation: Any, real_class: type) -> None:
+    def __init__(self, imitation: Any, real_class: type | None) -> None:
         self.__dict__.update(imitation=imitation, real_class=real_class)
 
     def __getattr__(self, name: str) -> Any:
+        if self.real_class is None:
+            return getattr(self.imitation, name)
         member = inspect.getattr_static(self.real_class, name)  # AttributeError: TensorRT has no such thing
         value = getattr(self.imitation, name)
         if not callable(value):
@@ -85,7 +91,7 @@ class TensorInfo:
 class Engine:
     """An engine whose outputs are sums over the input; see `imitated_driver.c`."""
 
-    driver: ctypes.CDLL
+    driver: Any
     tensors: list[TensorInfo]
     profiles: list[tuple[tuple[int, ...], tuple[int, ...]]]  # least and most shapes of the input
     refuse: set[str] = field(default_factory=set)

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tiny_models import tiny_checkpoint
+from trt_stubs import run_cases
 
 from longclip_rt.bundle.bundle import BUILT_IN, load_bundle
 from longclip_rt.choices import GPU_BACKENDS, LIBRARIES
-from longclip_rt.errors import EngineError
+from longclip_rt.errors import BackendError, EngineError
 from longclip_rt.opening import availability, open_backend
 from longclip_rt.tensorrt.device import Gpu
 from longclip_rt.tensorrt.engines import engines_of
@@ -49,6 +50,11 @@ def test_what_is_copied_in_comes_out() -> None:
     for buffer in (pinned.buffer, back.buffer, device):
         buffer.close(stream)
     stream.close()
+
+
+def test_the_order_of_work_around_an_engine_on_the_real_driver() -> None:
+    """The runner over an imitated engine that launches a small kernel: copies, slots, events, capture, closing."""
+    run_cases(Path(__file__).with_name("real_driver_cases.py"), Path(), {})
 
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 333, 4096])
@@ -131,11 +137,74 @@ def test_torch_passes_the_whole_gate(precision: str, tiny_bundle: Path) -> None:
     assert checks and not [check for check in checks if not check.passed]
 
 
-def test_onnx_runtime_passes_the_whole_gate() -> None:
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_torch_takes_crops_and_gives_what_the_cpu_gives(precision: str, tiny_bundle: Path) -> None:
+    from longclip_rt import Embedder
+    from longclip_rt.bundle.samples import example_captions, example_photos
+
+    needs("torch")
+    captions, photos = [caption.long for caption in example_captions()], example_photos() * 8
+    there = Embedder.from_bundle(tiny_bundle, "onnxruntime", "fp32")
+    with Embedder.from_bundle(tiny_bundle, "torch", precision) as here:
+        assert here.backend.takes_crops
+        limit = {"fp32": 1e-5, "fp16": 4e-3}[precision]
+        for _ in range(2):
+            np.testing.assert_allclose(here.embed_images(photos), there.embed_images(photos), atol=limit)
+            np.testing.assert_allclose(here.embed_texts(captions), there.embed_texts(captions), atol=limit)
+
+
+def test_torch_gives_the_bundles_pca_by_the_kernel(pca_bundle: Path) -> None:
+    from longclip_rt import Embedder
+    from longclip_rt.bundle.samples import example_captions, example_photos
+
+    needs("torch")
+    pca = load_bundle(pca_bundle).pca
+    assert pca is not None
+    captions, photos = [caption.long for caption in example_captions()], example_photos()
+    whole = Embedder.from_bundle(pca_bundle, "onnxruntime", "fp32")
+    for precision, limit in (("fp32", 2e-4), ("fp16", 2e-2), ("bf16", 6e-2)):
+        with Embedder.from_bundle(pca_bundle, "torch", precision, pca="bundle") as reduced:
+            assert reduced.backend.fused_pca == pca.sha256
+            texts, images = reduced.embed_texts(captions), reduced.embed_images(photos)
+        np.testing.assert_allclose(texts, pca.apply(whole.embed_texts(captions), "text"), atol=limit)
+        np.testing.assert_allclose(images, pca.apply(whole.embed_images(photos), "image"), atol=limit)
+
+
+def test_tensors_stay_on_the_gpu(tiny_bundle: Path) -> None:
+    import torch
+
+    from longclip_rt import Embedder
+
+    needs("torch")
+    rng = np.random.default_rng(0)
+    with Embedder.from_bundle(tiny_bundle, "torch", "fp16") as embedder:
+        size, eot = embedder.image_size, embedder.bundle.architecture.eot_id
+        crops = rng.integers(0, 256, (300, size, size, 3), dtype=np.uint8)
+        ids = rng.integers(1, eot, (300, 40)).astype(np.int32)
+        ids[:, -1] = eot
+        for turn in range(3):
+            images = embedder.encode_crops(torch.from_numpy(crops).cuda())
+            texts = embedder.encode_tokens(torch.from_numpy(ids).cuda().long() + 0 * turn)
+            assert images.is_cuda and texts.dtype == torch.float32
+            np.testing.assert_array_equal(images.cpu().numpy(), embedder.encode_crops(crops))
+            np.testing.assert_array_equal(texts.cpu().numpy(), embedder.encode_tokens(ids))
+        (texts.requires_grad_().sum() * 2).backward()  # what a training loop may do with them
+        with pytest.raises(BackendError, match="uint8"):
+            embedder.encode_crops(torch.zeros(2, size, size, 3, device="cuda"))
+
+
+def test_auto_takes_torch_where_nothing_else_runs_on_the_gpu(tiny_bundle: Path) -> None:
+    needs("torch")
+    opened = open_backend(load_bundle(tiny_bundle))
+    assert (opened.name, opened.precision) == ("torch", "fp16")
+    opened.close()
+
+
+def test_onnx_runtime_passes_the_whole_gate(tiny_bundle: Path) -> None:
     from longclip_rt.export.device_gate import device_checks
 
     needs("onnxruntime-cuda")
-    path = Path(os.environ.get("LONGCLIP_RT_TEST_BUNDLE", MODEL))
+    path = Path(os.environ.get("LONGCLIP_RT_TEST_BUNDLE", tiny_bundle))
     checks = device_checks(path, "onnxruntime-cuda")
     assert checks and not [check for check in checks if not check.passed]
 

@@ -7,6 +7,7 @@ plain run of pytest collects only `test_interpreted.py`, which starts the rest i
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +21,9 @@ collect_ignore = ["test_interpreted.py", "test_aot.py"] if INTERPRETED or ON_GPU
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if ON_GPU:
-        for item in items:
-            item.add_marker(pytest.mark.gpu)
+        for item in items:  # of every folder that was named
+            if Path(__file__).parent in item.path.parents:
+                item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,10 @@ import pytest
 from PIL import Image
 
 from longclip_rt.errors import OutputError
-from longclip_rt.search.gallery import THUMBNAIL_PIXELS, page_from_answer, save_gallery
-from longclip_rt.search.nearest import Answer, Hit
+from longclip_rt.search.gallery import page_from_answer, save_gallery
+from longclip_rt.search.hits import Hit
+from longclip_rt.search.nearest import Answer
+from longclip_rt.search.page import THUMBNAIL_PIXELS
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 VOID = {"meta", "img", "br", "rect", "path"}
@@ -157,7 +159,7 @@ def test_what_cannot_be_shown_gets_a_tile_with_the_reason(name: str, kind: str, 
 
 def test_a_picture_of_more_pixels_than_allowed_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("L", (40, 30)).save(tmp_path / "wide.png")
-    monkeypatch.setattr("longclip_rt.search.gallery._MAX_PIXELS", 1000)
+    monkeypatch.setattr("longclip_rt.search.page._MAX_PIXELS", 1000)
     assert "too many pixels (40 × 30)" in page(hit("wide.png"), base=tmp_path).text
 
 

@@ -8,6 +8,7 @@ from longclip_rt.errors import TrainingError
 from longclip_rt.model.preprocess import ImageTransform
 from longclip_rt.train import scenes
 from longclip_rt.train.data.training_data import DataOptions, open_data
+from longclip_rt.train.scenes.rows import SceneRow, scenes_from_name
 
 
 def scene_indices(ids: tuple[str, ...]) -> list[tuple[int, bool]]:
@@ -87,7 +88,23 @@ def test_prompts_name_a_kind_and_nothing_else() -> None:
     assert {tuple(token for token in row if token) for row in batch.long_ids.tolist()} <= prompts
 
 
-@pytest.mark.parametrize("options", ["things=0", "things=5-2", "alike=0", "alike=17", "prompts=2", "twins=1&alike=2"])
+def test_rows_that_are_alike_by_a_detail_differ_in_that_anywhere() -> None:
+    tokenizer, rows = clip_tokenizer(), scenes_from_name("scenes:60@0?alike=5&by=detail").in_order()
+    captions = [row.pair(64, tokenizer).long.split() for row in rows if isinstance(row, SceneRow)]
+    places = []
+    for start in range(0, 60, 5):
+        group = captions[start : start + 5]
+        differing = [n for n, words in enumerate(zip(*group, strict=True)) if len(set(words)) > 1]
+        assert len({words[differing[-1]] for words in group}) == 5
+        assert len(differing) <= 3  # "a red" and "an orange"; and a kind is named again by what is beside it
+        places.append(differing[0])
+    assert max(places) > 40 > min(places)
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["by=size", "alike=6&by=detail", "things=0", "things=5-2", "alike=0", "alike=17", "prompts=2", "twins=1&alike=2"],
+)
 def test_options_that_make_no_sense_are_refused(options: str) -> None:
     with pytest.raises(TrainingError, match=r"not understood"):
         opened(f"scenes:60@0?{options}", 10)

@@ -311,7 +311,7 @@ def test_scenes_of_one_seed_do_not_both_train_and_validate() -> None:
         ("pipe:cat 000.tar", r"Download it first"),
         ("absent.jsonl", r"'.*absent\.jsonl' does not exist\."),
         ("{0..3}.tar", r"0\.tar' does not exist, and 3 others do not either"),
-        ("list.csv", r"not of a kind that can be trained on"),
+        ("list.csv", r"not of a kind that can be read"),
         ("empty", r"holds no \.json"),
         ("mixed", r"all of one kind"),
     ],

@@ -100,11 +100,11 @@ def open_sources(data: str, val: str | None, naming: Naming) -> Sources:
         TrainingError: They name nothing that can be read.
         MissingExtraError: A package is not installed.
     """
-    part, dropped = _open(data, naming)
+    part, dropped = open_part(data, naming)
     read = part.count + len(dropped)
     held_out = min(naming.val_rows, part.count // _LARGEST_SHARE)
     if val is not None:
-        validation, more = _open(val, naming)
+        validation, more = open_part(val, naming)
         if isinstance(part, Scenes) and isinstance(validation, Scenes) and part.seed == validation.seed:
             raise TrainingError(f"{val!r} are scenes that {data!r} trains on. Give them another seed.")
         dropped, read = dropped + more, read + validation.count + len(more)
@@ -119,15 +119,28 @@ def open_sources(data: str, val: str | None, naming: Naming) -> Sources:
     return Sources(part, validation, dropped, read if dropped else 0)
 
 
-def _open(name: str, naming: Naming) -> tuple[Part, tuple[BadRow, ...]]:
+def open_part(name: str, naming: Naming) -> tuple[Part, tuple[BadRow, ...]]:
+    """Opens the rows that one name stands for.
+
+    Args:
+        name: As for `open_sources`.
+        naming: How it is read.
+
+    Returns:
+        The rows, and those of the files that are not among them.
+
+    Raises:
+        TrainingError: It names nothing that can be read.
+        MissingExtraError: A package is not installed.
+    """
     if name.startswith(PREFIX):
         return scenes_from_name(name), ()
-    paths = _files(name)
+    paths = files_of(name)
     kinds = {_KINDS.get(path.suffix.lower()) for path in paths}
     kind = kinds.pop()
     if kind is None or kinds:
         raise TrainingError(
-            f"{name!r} is not of a kind that can be trained on: expected {', '.join(_KINDS)} files, all of one kind, "
+            f"{name!r} is not of a kind that can be read: expected {', '.join(_KINDS)} files, all of one kind, "
             "or scenes:COUNT@SEED."
         )
     if kind == "webdataset":
@@ -136,8 +149,12 @@ def _open(name: str, naming: Naming) -> tuple[Part, tuple[BadRow, ...]]:
     return TablePart(table, 0, table.count), table.dropped
 
 
-def _files(name: str) -> list[Path]:
-    """The files that a name stands for, sorted, at least one."""
+def files_of(name: str) -> list[Path]:
+    """The files that a name stands for, sorted, at least one.
+
+    Raises:
+        TrainingError: There is none, or it is no file of this machine.
+    """
     if is_url(name) or name.startswith("pipe:"):
         raise TrainingError(f"{name!r} is no file of this machine. Download it first.")
     path = Path(name)

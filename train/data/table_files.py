@@ -1,7 +1,8 @@
-"""The rows of ShareGPT4V's json, of JSON Lines and of Parquet, one by one: three cells each, or why there are none."""
+"""The rows of ShareGPT4V's json, JSON Lines, CSV and Parquet, one by one: three cells each, or why there are none."""
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -157,6 +158,28 @@ def _items_of_json_list(stream: TextIO, name: str) -> Iterator[object]:
             text, place, more = text[place:] + read, 0, bool(read)
         yield item
         place = stop
+
+
+def csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str] | str]]:
+    """Numbered rows of a CSV file with a header, or why a row is none.
+
+    Raises:
+        TrainingError: It is no CSV file in UTF-8.
+    """
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        try:
+            reader = csv.DictReader(stream, skipinitialspace=True)
+            for number, row in enumerate(reader, 1):
+                fits = None not in row and None not in row.values()
+                yield number, row if fits else "The row has another number of cells than the header."
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise TrainingError(f"{str(path)!r} is no CSV file in UTF-8: {error}. Save it anew.") from error
+
+
+def records_from_csv(path: Path, columns: Columns) -> Iterator[tuple[int, Record]]:
+    """The rows of a CSV file with a header."""
+    rows = ((number, row, row if isinstance(row, str) else "") for number, row in csv_rows(path))
+    yield from _records(rows, columns, str(path))
 
 
 def records_from_parquet(path: Path, columns: Columns) -> Iterator[tuple[int, Record]]:

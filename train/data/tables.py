@@ -20,12 +20,18 @@ from longclip_rt.train.data.rows import BadRow, FileRow, Row, caption_or_none, p
 from longclip_rt.train.data.table_files import (
     Columns,
     Record,
+    records_from_csv,
     records_from_json,
     records_from_jsonl,
     records_from_parquet,
 )
 
-_READERS = {"json": records_from_json, "jsonl": records_from_jsonl, "parquet": records_from_parquet}
+_READERS = {
+    "json": records_from_json,
+    "jsonl": records_from_jsonl,
+    "csv": records_from_csv,
+    "parquet": records_from_parquet,
+}
 
 # Rows that are Python objects before they are put into columns.
 _ROWS_AT_ONCE = 1024
@@ -111,7 +117,7 @@ def load_table(kind: str, paths: Sequence[Path], images: Path | None, columns: C
     """Reads files of one kind.
 
     Args:
-        kind: "json", "jsonl" or "parquet".
+        kind: "json", "jsonl", "csv" or "parquet".
         paths: The files, in the order of their rows.
         images: Folder that image paths are relative to; None: each file's own.
         columns: What to read.

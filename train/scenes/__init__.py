@@ -14,7 +14,14 @@ from longclip_rt.errors import LongClipError
 from longclip_rt.system.files import directory_in_the_making
 from longclip_rt.train.scenes.captions import long_caption, sentence_captions, short_caption
 from longclip_rt.train.scenes.drawing import contact_sheet, render
-from longclip_rt.train.scenes.twins import ATTRIBUTES, Twin, detail_position, twin, with_another_kind
+from longclip_rt.train.scenes.twins import (
+    ATTRIBUTES,
+    Twin,
+    detail_position,
+    twin,
+    with_another_detail,
+    with_another_kind,
+)
 from longclip_rt.train.scenes.words import CELLS, COLOURS, KINDS, SETTINGS, SIZES, TEXTURES, class_prompt
 from longclip_rt.train.scenes.world import Relation, Scene, Thing, scene
 
@@ -40,6 +47,7 @@ __all__ = [
     "sentence_captions",
     "short_caption",
     "twin",
+    "with_another_detail",
     "with_another_kind",
     "write_scenes",
 ]

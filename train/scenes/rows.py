@@ -15,6 +15,7 @@ from longclip_rt.errors import TrainingError
 from longclip_rt.model.tokenizer import Tokenizer
 from longclip_rt.train.data.feeds import OrderedFeed, Share, shuffled
 from longclip_rt.train.data.rows import Pair, Row
+from longclip_rt.train.scenes.words import TEXTURES
 from longclip_rt.train.scenes.world import FEWEST, MOST
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ _NAME = re.compile(r"scenes:(\d+)(?:@(\d+))?(?:\?(.*))?")
 _EXPECTED = (
     "Scenes are named by count and seed, like scenes:200000@0, and may have options: "
     "scenes:200000@0?twins=0.5&captions=prefix, where twins and prompts are shares from 0 to 1, captions are long, "
-    "prefix or short, things are a number from 1 to 9 or two such as 1-3, and alike is a number from 1 to 16"
+    "prefix or short, things are a number from 1 to 9 or two such as 1-3, alike is a number from 1 to 16, and by is "
+    "kind or detail"
 )
 
 # Seeds that users may name lie below; the validation rows of a seed lie above, so that no run trains on them.
@@ -35,6 +37,7 @@ _CLIP_TOKENS = 75
 _MOST_SENTENCES = 3
 
 Captions = Literal["long", "prefix", "short"]
+By = Literal["kind", "detail"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,8 @@ class SceneRow:
         sentences: Sentences of the long caption that are the row's caption, as many of them as fit into CLIP's 77
             tokens; 0: the short caption; None: all of it.
         things: Fewest and most things of the scene.
-        kind: Which other kind the main thing has; 0: its own.
+        kind: Which other kind the main thing has, or which other detail some thing; 0: its own.
+        detail: Whether it is any thing's detail.
         prompt: Whether the short caption names the main thing's kind and nothing else.
     """
 
@@ -58,6 +62,7 @@ class SceneRow:
     sentences: int | None = None
     things: tuple[int, int] = (FEWEST, MOST)
     kind: int = 0
+    detail: bool = False
     prompt: bool = False
 
     @property
@@ -70,7 +75,8 @@ class SceneRow:
         """Draws the scene."""
         from longclip_rt.train import scenes
 
-        scene = scenes.with_another_kind(scenes.scene(self.seed, self.index, self.things), self.kind)
+        another = scenes.with_another_detail if self.detail else scenes.with_another_kind
+        scene = another(scenes.scene(self.seed, self.index, self.things), self.kind)
         if self.twin is not None:
             scene = scenes.twin(scene, self.twin).scene
         short = scenes.class_prompt(scenes.main_kind(scene)) if self.prompt else scenes.short_caption(scene)
@@ -101,6 +107,7 @@ class Scenes:
         things: Fewest and most things of a scene.
         alike: Rows that follow each other and differ in nothing but the kind of the main thing: what cannot be told
             by colour, texture, place or background. They take the places of other scenes, as twins do.
+        by: `kind`; or `detail`, where they differ in the colour, kind or texture of any one thing.
         prompts: Share of the rows whose short caption is "a photo of a ball".
     """
 
@@ -110,6 +117,7 @@ class Scenes:
     captions: Captions = "long"
     things: tuple[int, int] = (FEWEST, MOST)
     alike: int = 1
+    by: By = "kind"
     prompts: float = 0.0
     kind: str = "scenes"
 
@@ -150,6 +158,10 @@ class Scenes:
         """Scenes to validate on, none of which any training run sees; without twins, whose short captions are equal."""
         return replace(self, count=count, seed=self.seed + _SEEDS, twins=0.0, alike=1, prompts=0.0)
 
+    def for_tests(self) -> Scenes:
+        """As many scenes that no run trains or validates on, whatever seed it names; without twins too."""
+        return replace(self.held_out(self.count), seed=self.seed + 2 * _SEEDS)
+
 
 @dataclass(frozen=True)
 class _Epoch:
@@ -181,7 +193,8 @@ class _Epoch:
             chance, choice = self._draws(1, index)
             sentences = 0 if chance < 0.5 else 1 + int(choice * _MOST_SENTENCES)
         prompt = bool(self.scenes.prompts) and self._draws(2, index)[0] < self.scenes.prompts
-        return SceneRow(self.scenes.seed, index, twin, sentences, self.scenes.things, kind, prompt)
+        detail = self.scenes.by == "detail"
+        return SceneRow(self.scenes.seed, index, twin, sentences, self.scenes.things, kind, detail, prompt)
 
     def _draws(self, purpose: int, number: int) -> tuple[float, float]:
         """Two numbers in [0, 1) that depend on nothing but the epoch and the arguments."""
@@ -197,7 +210,7 @@ def scenes_from_name(name: str) -> Scenes:
     """
     match = _NAME.fullmatch(name)
     options = dict(urllib.parse.parse_qsl(match[3] or "", keep_blank_values=True)) if match else {}
-    known = {"twins", "captions", "things", "alike", "prompts"}
+    known = {"twins", "captions", "things", "alike", "by", "prompts"}
     if match is None or not options.keys() <= known:
         raise TrainingError(f"{name!r} is not understood. {_EXPECTED}.")
     count, seed = int(match[1]), int(match[2] or 0)
@@ -211,8 +224,20 @@ def scenes_from_name(name: str) -> Scenes:
     fewest, most = (int(things[1]), int(things[2] or things[1])) if things else (1, 0)
     if alike not in range(1, 17) or not (0 <= twins <= 1 and 0 <= prompts <= 1) or fewest > most:
         raise TrainingError(f"{name!r} has an option that is not understood. {_EXPECTED}.")
-    if captions not in get_args(Captions) or (twins and alike > 1):
+    by = options.get("by", "kind")
+    if captions not in get_args(Captions) or (twins and alike > 1) or by not in get_args(By):
         raise TrainingError(f"{name!r} has an option that is not understood, or both twins and alike. {_EXPECTED}.")
+    if by == "detail" and alike > len(TEXTURES):
+        raise TrainingError(f"{name!r} is not understood: alike by a detail are at most {len(TEXTURES)}. {_EXPECTED}.")
     if not count or seed >= _SEEDS:
         raise TrainingError(f"{name!r}: the count must be at least 1 and the seed below {_SEEDS}. {_EXPECTED}.")
-    return Scenes(count, seed, twins, cast("Captions", captions), (fewest, most), alike, prompts)
+    return Scenes(
+        count,
+        seed,
+        twins,
+        cast("Captions", captions),
+        (fewest, most),
+        alike,
+        cast("By", by),
+        prompts,
+    )

@@ -97,6 +97,22 @@ def with_another_kind(scene: Scene, number: int) -> Scene:
     return dataclasses.replace(scene, things=(dataclasses.replace(main, kind=kind), *others))
 
 
+def with_another_detail(scene: Scene, number: int) -> Scene:
+    """The same scene with one thing of another colour, kind or texture: 0 is its own, no two numbers below 5 are equal.
+
+    Which thing, and which of the three, the scene says. Its caption differs in
+    that word alone, wherever it stands.
+    """
+    rng = np.random.default_rng((scene.manner, 1))
+    which, detail = int(rng.integers(len(scene.things))), ("colour", "kind", "texture")[rng.integers(3)]
+    thing, taken = scene.things[which], {thing.kind for thing in scene.things}
+    own = getattr(thing, detail)
+    others = [value for value in _VALUES[detail] if value != own and not (detail == "kind" and value in taken)]
+    values = [own, *(others[place] for place in rng.permutation(len(others)))]
+    changed: Thing = dataclasses.replace(thing, **{detail: values[number % len(values)]})  # type: ignore[arg-type]
+    return dataclasses.replace(scene, things=(*scene.things[:which], changed, *scene.things[which + 1 :]))
+
+
 def detail_position(caption: str, other: str, tokenizer: Callable[[str], Sequence[int]]) -> int:
     """Place of the first token in which two captions differ.
 
