@@ -118,6 +118,8 @@ setup(
         "lance": LANCE,
         "sentence-transformers": SENTENCE_TRANSFORMERS,
         "plot": ["matplotlib>=3.8"],
+        # What `bench --against reference` runs beside the backends.
+        "bench": [*EXPORT, "matplotlib>=3.8", "transformers>=5.0"],
         "test": TEST,
         "dev": [
             *TEST,

@@ -106,7 +106,7 @@ class TorchReference(Reference):
 
     def __init__(self, bundle: Bundle, name: str, precision: str, on_gpu: bool) -> None:
         super().__init__(bundle)
-        torch: Any = require("torch", "export")
+        torch: Any = require("torch", "bench")
         self._torch, self._on_gpu = torch, on_gpu
         self._device = torch.device("cuda:0" if on_gpu else "cpu")
         self._dtype = dtype_of(torch, precision)
