@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 from longclip_rt.backends.base import Backend
 from longclip_rt.bundle.bundle import Bundle
@@ -131,8 +133,8 @@ def open_backend(
         raise BackendError(f"There is no backend {backend!r}; there are auto, {', '.join(BACKENDS)}.")
     if precision != "auto" and precision not in PRECISIONS:
         raise BackendError(f"There is no precision {precision!r}; there are auto, {', '.join(PRECISIONS)}.")
-    if devices is not None and (not devices or len(set(devices)) < len(devices) or min(devices) < 0):
-        raise BackendError(f"Devices are numbers of GPUs from 0, each once; got {list(devices)}.")
+    if devices is not None:
+        devices = _checked_devices(devices)
     passed_over: list[str] = []
     for name in AUTO_ORDER if backend == "auto" else (backend,):
         state = availability(name)
@@ -172,6 +174,16 @@ def open_backend(
         f"{wanted} be used{'' if precision == 'auto' else f' in {precision}'}: {'. '.join(passed_over)}. "
         "What is there is listed by: longclip-rt info"
     )
+
+
+def _checked_devices(devices: Iterable[SupportsIndex]) -> list[int]:
+    try:
+        numbers = [operator.index(each) for each in devices]
+    except TypeError:
+        numbers = []
+    if not numbers or len(set(numbers)) < len(numbers) or min(numbers) < 0:
+        raise BackendError(f"Devices are numbers of GPUs from 0, each once, such as [0, 1]; got {devices!r}.")
+    return numbers
 
 
 def _reads_fp16(name: str) -> bool:

@@ -91,13 +91,17 @@ class Embedder:
             loaded.check_model(bundle.name, bundle.architecture.embed_dim, bundle.weights_sha256)
         return cls(bundle, open_backend(bundle, backend, precision, devices), loaded, pca_mode)
 
-    def with_pca(self, pca: Pca | None, pca_mode: str = "project") -> Embedder:
+    def with_pca(self, pca: str | Path | Pca | None, pca_mode: str = "project") -> Embedder:
         """An embedder on the same backend whose embeddings are reduced with another PCA, or with none.
 
+        Args:
+            pca: As in `from_bundle`.
+            pca_mode: Likewise.
+
         Raises:
-            PcaError: The PCA is another model's, or the mode is unknown.
+            PcaError: The PCA cannot be read or is another model's, or the mode is unknown.
         """
-        return type(self)(self.bundle, self.backend, pca, pca_mode)
+        return type(self)(self.bundle, self.backend, _pca_from(pca, self.bundle), pca_mode)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -148,11 +152,19 @@ class Embedder:
         """Encodes one batch of padded token ids [B, S] int32 to L2-normalised vectors [B, D] float32.
 
         What lies on a GPU and comes through DLPack (PyTorch, CuPy) stays there: see `Backend.run_on_device`.
+
+        Raises:
+            BackendError: They are no such array, or ids are not of the model's vocabulary.
         """
         return self._encoded("text", ids)
 
     def encode_crops(self, crops: Any) -> Any:
-        """Encodes one batch of cropped images [B, n, n, 3] uint8 RGB, likewise."""
+        """Encodes one batch of cropped images [B, n, n, 3] uint8 RGB, likewise.
+
+        Raises:
+            InputError: They are no such array.
+            BackendError: n is not `image_size`.
+        """
         return self._encoded("image", crops)
 
     def _encoded(self, kind: str, given: Any) -> Any:
@@ -338,6 +350,8 @@ def _listed(method: str, what: str, given: Any, single: type | tuple[type, ...])
 def _pca_from(pca: str | Path | Pca | None, bundle: Bundle) -> Pca | None:
     if pca is None or isinstance(pca, Pca):
         return pca
+    if not isinstance(pca, (str, Path)):
+        raise PcaError(f"A PCA is given as a Pca, its file's name, or 'bundle'; got {type(pca).__name__}.")
     if str(pca) != "bundle":
         return load_pca(pca)
     if bundle.pca is None:
