@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from longclip_rt.choices import BACKENDS, PRECISIONS
+from longclip_rt.choices import BACKENDS, PRECISIONS, REFERENCES
 
 
 class _Several(click.ParamType[Any]):
@@ -37,7 +37,6 @@ class _Several(click.ParamType[Any]):
 
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
-_REFERENCES = ("open_clip", "torch.compile", "transformers", "plain-onnxruntime")
 
 
 @click.command()
@@ -47,7 +46,7 @@ _REFERENCES = ("open_clip", "torch.compile", "transformers", "plain-onnxruntime"
               show_default=True, help="Backends; all are those usable here, on a GPU if there is one.")  # fmt: skip
 @click.option("--precision", "precisions", type=_Several(("auto", *PRECISIONS)), default="auto", show_default=True,
               help="Precisions of each; auto is the fastest that it offers.")  # fmt: skip
-@click.option("--against", type=_Several(("reference", *_REFERENCES)), default=None,
+@click.option("--against", type=_Several(("reference", *REFERENCES)), default=None,
               help="Measure beside what one would use instead; reference is all four.")  # fmt: skip
 @click.option("--tower", "towers", type=_Several(("text", "image")), default="text,image", show_default=True,
               help="Encoders.")  # fmt: skip
@@ -114,7 +113,7 @@ def bench(
 
     fp16 = "fp16" in precisions and any(name != "torch" for name in backends)  # which lowers the fp32 weights itself
     with model(bundle, weights, fp16, say) as opened:
-        ways, on_gpu = ways_of(opened, backends, precisions, _REFERENCES if "reference" in (against or ()) else against)
+        ways, on_gpu = ways_of(opened, backends, precisions, REFERENCES if "reference" in (against or ()) else against)
         chosen = cases(towers, batches or BATCHES[on_gpu], lengths, opened.architecture.context_length)
         rounds, seconds = (2, 0.2) if quick else (rounds, seconds)
         results = run_bench(opened, BenchOptions(ways, chosen, on_gpu, seconds, rounds), say)
