@@ -139,6 +139,8 @@ setup(
         "serve": SERVE,
         "ray": RAY,
         "plot": ["matplotlib>=3.8"],
+        # What `bench --against reference` runs beside the backends.
+        "bench": [*EXPORT, "matplotlib>=3.8", "transformers>=5.0"],
         "test": TEST,
         "dev": [
             *TEST,

@@ -110,3 +110,6 @@ BATCHES = (1, 32, 256)
 LARGEST_WORKSPACE = 1 << 20
 """MiB that a layer of an engine may compute in: 1 TiB, more than any GPU has. The library's own number has 64 bits and
 overflows far above."""
+
+REFERENCES = ("open_clip", "torch.compile", "transformers", "plain-onnxruntime")
+"""What one would use instead, which `bench` measures beside the backends."""

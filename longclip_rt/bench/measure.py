@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from longclip_rt.bench.cases import Case
-from longclip_rt.bench.contenders import REFERENCES, same_vectors
+from longclip_rt.bench.contenders import same_vectors
 from longclip_rt.bench.cost import graph_cost
 from longclip_rt.bench.machine import description
 from longclip_rt.bench.summary import bound, ratios, summary
 from longclip_rt.bench.worker import Round, serve
 from longclip_rt.bundle.bundle import Bundle
+from longclip_rt.choices import REFERENCES
 from longclip_rt.errors import BackendError, MissingExtraError
 
 logger = logging.getLogger("longclip_rt")
