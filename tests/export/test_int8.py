@@ -60,7 +60,7 @@ def test_int8_is_taken_where_it_is_asked_for_alone(quantised: Bundle) -> None:
     assert opened["auto"].precision != "int8" and opened["int8"].name == "openvino"
     for tower, inputs in (("text", ids), ("image", pixels)):
         exact, lossy = (opened[precision].run(tower, inputs)[0] for precision in ("fp32", "int8"))
-        assert 0.98 < (exact * lossy).sum(axis=1).min() < 1 - 1e-6  # as fp32, and yet another arithmetic
+        assert 0.95 < (exact * lossy).sum(axis=1).min() < 1 - 1e-6  # as fp32, and yet another arithmetic
     for backend in opened.values():
         backend.close()
     with pytest.raises(BackendError, match="was exported without --int8"):
