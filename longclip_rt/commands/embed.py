@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from longclip_rt.commands.bar import Bar
-from longclip_rt.commands.options import SectionedCommand, gpu_numbers, runs_the_model, takes_a_pca
+from longclip_rt.commands.options import KEY_VARIABLE, SectionedCommand, gpu_numbers, runs_the_model, takes_a_pca
 from longclip_rt.system.streams import told_at_best
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def _address(context: click.Context, parameter: click.Parameter, value: str | No
 _SECTIONS = {
     "Input": ("texts", "column", "truncate", "max_stream"),
     "Output": ("output", "dtype", "index", "pca", "pca_mode", "overwrite", "allow_rejects"),
-    "Model and machine": ("bundle", "backend", "precision", "devices", "batch_size", "workers"),
+    "Model and machine": ("bundle", "server", "backend", "precision", "devices", "batch_size", "workers"),
     "Begun work": ("restart", "shard_size"),
     "Many machines": ("ray", "ray_actors"),
 }
@@ -60,6 +61,12 @@ _SECTIONS = {
     type=click.Path(path_type=Path),
     metavar="DIR",
     help="The model. Default: the newest exported one, else the built-in one.",
+)
+@click.option(
+    "--server",
+    metavar="URL",
+    help="Let a `longclip-rt serve` encode, with its model; texts and images are prepared here. Its API key, "
+    f"if any, is in the variable {KEY_VARIABLE}.",
 )
 @runs_the_model
 @takes_a_pca
@@ -150,6 +157,7 @@ def embed(
     files: tuple[str, ...],
     output: str | None,
     bundle: Path | None,
+    server: str | None,
     backend: str,
     precision: str,
     pca: str | None,
@@ -181,11 +189,16 @@ def embed(
       longclip-rt embed files.txt --backend tensorrt --devices 0,1
       longclip-rt embed files.txt -o short.parquet --pca pca.safetensors
       longclip-rt embed pairs.jsonl --texts --column long_caption --no-truncate
+      longclip-rt embed photos/ --server http://gpu-machine:8000
       longclip-rt embed s3://bucket/shards/ -o s3://bucket/vectors --ray --ray-actors 8
       find . -name '*.jpg' | longclip-rt embed - -o all.parquet --allow-rejects
     """
     from longclip_rt.system.interrupt import STATUS, ended_by_ctrl_c
 
+    if server is not None and (bundle, backend, precision, devices) != (None, "auto", "auto", None):
+        raise click.UsageError(
+            "--server runs the server's own model: leave --bundle, --backend, --precision, --devices."
+        )
     try:
         with ended_by_ctrl_c(_STOPPED):
             from longclip_rt.embedding.pipeline import EmbedOptions, embed_files, plan_embedding
@@ -202,7 +215,10 @@ def embed(
             from longclip_rt.runtime import Embedder
             from longclip_rt.system.closing import closed_after
 
-            opened = Embedder.from_bundle(bundle, backend, precision, pca, pca_mode, devices)
+            if server is None:
+                opened = Embedder.from_bundle(bundle, backend, precision, pca, pca_mode, devices)
+            else:
+                opened = Embedder.connect(server, os.environ.get(KEY_VARIABLE, ""), pca, pca_mode)
             with closed_after(opened) as embedder, Bar(quiet) as bar:
                 report = embed_files(files, output, embedder, settings, bar)
     except KeyboardInterrupt:

@@ -22,7 +22,7 @@ from longclip_rt.embedding.inputs.sources import (
     sources_from_arguments,
     spool_streams,
 )
-from longclip_rt.embedding.resume import check_sidecar, fingerprint_of, take_up
+from longclip_rt.embedding.resume import check_neighbours, fingerprint_of, take_up
 from longclip_rt.embedding.tasks import Encoder
 from longclip_rt.embedding.workspace import Totals, Workspace
 from longclip_rt.errors import InputError, OutputError
@@ -303,7 +303,7 @@ def _embed(
         raise InputError("Files changed while they were being embedded. Run the command again: it embeds them anew.")
     metadata = {**state, "fingerprint": fingerprint_of(state)}
     totals = workspace.assemble(count, embedder.dim, options.dtype, metadata, options.index)
-    check_sidecar(workspace.files)  # another run may have ended since
+    check_neighbours(workspace.files, overwrite=options.overwrite)  # another run may have ended since
     workspace.publish()
     seconds = time.monotonic() - start
     rejects = _rejects_path(workspace.files, totals)
