@@ -12,9 +12,11 @@ from tiny_models import tiny_checkpoint
 from trt_stubs import run_cases
 
 from longclip_rt.bundle.bundle import BUILT_IN, load_bundle
+from longclip_rt.bundle.samples import example_photos
 from longclip_rt.choices import GPU_BACKENDS, LIBRARIES
 from longclip_rt.errors import BackendError, EngineError
 from longclip_rt.opening import availability, open_backend
+from longclip_rt.runtime import Embedder
 from longclip_rt.tensorrt.device import Gpu
 from longclip_rt.tensorrt.engines import engines_of
 
@@ -257,3 +259,14 @@ def test_memory_on_the_gpu_does_not_grow_with_the_shapes_seen(backend: str, tmp_
     before = run(100)  # as many graphs as are kept, and more
     assert before - run(300) < 32 << 20
     opened.close()
+
+
+def test_vectors_as_tensors_stay_on_the_gpu() -> None:
+    if not availability("torch").usable:
+        pytest.skip("the torch backend cannot be used here")
+    texts, photos = ["a red circle", "many words " * 40], example_photos()[:3]
+    with Embedder.from_bundle(MODEL, "torch", "fp32", devices=[0]) as embedder:
+        for embed, given in ((embedder.embed_texts, texts), (embedder.embed_images, photos)):
+            tensor = embed(given, convert_to="torch")  # type: ignore[operator]
+            assert str(tensor.device) == "cuda:0"
+            np.testing.assert_allclose(tensor.cpu().numpy(), embed(given), atol=1e-5)  # type: ignore[operator]
