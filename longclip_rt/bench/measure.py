@@ -153,7 +153,7 @@ def run_bench(bundle: Bundle, options: BenchOptions, say: Say = lambda words: No
 def _rates(bundle: Bundle, options: BenchOptions, say: Say, skipped: dict[str, str]) -> dict[str, float]:
     """In a process that is gone before the contenders take turns."""
     say("the machine's own rates")
-    precisions = sorted({precision for each in options.ways.values() for precision in each})
+    precisions = sorted({"fp32", *(precision for each in options.ways.values() for precision in each)})
     with children(bundle, ["rates"], options.on_gpu) as alone:
         try:
             found: dict[str, float] = alone["rates"].ask("rates", precisions)
@@ -239,7 +239,8 @@ def _bounds(
         return {}
     precision = row["precision"]
     moved = cost.bytes(precision)
-    least = bound(cost.flops, moved, rates[f"gemm {precision}"], rates["copy"])
+    # What has no fast products of its own can be computed in fp32.
+    least = bound(cost.flops, moved, max(rates[f"gemm {precision}"], rates["gemm fp32"]), rates["copy"])
     taken = row["stages_ms"]["encoder"]
     return {"flops": cost.flops, "bytes": moved, "bound": least, "reached": float(least["ms"]) / taken}
 
