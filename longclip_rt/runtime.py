@@ -91,6 +91,44 @@ class Embedder:
             loaded.check_model(bundle.name, bundle.architecture.embed_dim, bundle.weights_sha256)
         return cls(bundle, open_backend(bundle, backend, precision, devices), loaded, pca_mode)
 
+    @classmethod
+    def connect(
+        cls,
+        url: str,
+        api_key: str = "",
+        pca: str | Path | Pca | None = None,
+        pca_mode: str = "project",
+        patience: float = 300.0,
+    ) -> Embedder:
+        """Takes the encoders of a `longclip-rt serve` for its own; texts and images are prepared here.
+
+        A request that the server has no room for, or that does not reach it, is sent again after a growing pause.
+
+        Args:
+            url: The server's address, such as `http://127.0.0.1:8000`.
+            api_key: The server's key; empty: it asks for none.
+            pca: As for `from_bundle`, but for `bundle`: a PCA or its file.
+            pca_mode: As for `from_bundle`.
+            patience: Seconds after which a request is given up.
+
+        Raises:
+            BackendError: There is no such server, it refuses, or it does not answer for that long.
+            BundleError: What it sends is no bundle.
+            PcaError: As for `from_bundle`.
+        """
+        from longclip_rt.backends.remote import Connection, RemoteBackend, remote_bundle
+
+        connection = Connection(url, api_key, patience)
+        try:
+            bundle, model = remote_bundle(connection)
+            if pca is not None and str(pca) == "bundle":
+                raise PcaError("A server keeps its bundle's PCA to itself. Give the file of the PCA.")
+            logger.info("server: %s (%s with %s)", connection.url, bundle.name, model["backend"])
+            return cls(bundle, RemoteBackend(connection, bundle, model), _pca_from(pca, bundle), pca_mode)
+        except BaseException:
+            connection.close()
+            raise
+
     def with_pca(self, pca: str | Path | Pca | None, pca_mode: str = "project") -> Embedder:
         """An embedder on the same backend whose embeddings are reduced with another PCA, or with none.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import longclip_rt
@@ -84,6 +85,8 @@ def test_pixels_that_are_none_are_refused(
         (lambda embedder: embedder.encode_tokens(np.full((1, 3), 10**6, np.int32)), "the model's vocabulary"),
         (lambda embedder: embedder.encode_tokens(np.full((1, 3), -1, np.int32)), "the model's vocabulary"),
         (lambda embedder: embedder.encode_tokens(np.full((1, 3), 2**63, np.uint64)), "the model's vocabulary"),
+        (lambda embedder: embedder.backend.run("voice", np.ones((1, 3), np.int32)), "There is no tower 'voice'"),
+        (lambda embedder: embedder.backend.run("text", np.ones((1, 3), np.int32), []), "No output was named"),
         (lambda embedder: embedder.encode_crops(None), "one numpy array.*got NoneType"),
         (lambda embedder: embedder.encode_crops([1]), "one numpy array.*got list"),
         (lambda embedder: embedder.encode_crops(Image.new("RGB", (9, 9))), "one numpy array.*got Image"),
@@ -106,7 +109,12 @@ def test_misuse_of_an_embedder_is_a_sentence(
     [
         (stretch_positions, None, "a numpy array or a torch tensor; got NoneType"),
         (stretch_positions, [[1]], "a numpy array or a torch tensor; got list"),
-        (stretch_positions, np.full((77, 3), "a"), "holds numbers; got"),
+        (stretch_positions, np.full((77, 3), "a"), "holds real numbers; got"),
+        (stretch_positions, np.zeros((77, 3), complex), "real numbers; got one of complex128"),
+        (stretch_positions, torch.zeros((77, 3), device="meta"), "real numbers; got one of"),
+        (stretch_positions, torch.zeros((77, 3)).to_sparse(), "real numbers; got one of"),
+        (lambda given: stretch_positions(np.zeros((77, 3)), keep=given), "20", "got keep='20'"),
+        (load_embeddings, "\ud800.parquet", "is not valid Unicode"),
         (load_embeddings, "a\0.parquet", "holds a NUL"),
         (load_embeddings, None, "a str or a Path; got NoneType"),
         (load_embeddings, LONG + ".parquet", "longer than any"),
@@ -128,5 +136,5 @@ def test_what_is_no_file_is_a_sentence(call: Callable[[Any], object], given: obj
 
 @pytest.mark.parametrize("devices", ["0", 0, [], [None], [0.5], [-1], [0, 0]])
 def test_devices_are_numbers_each_once(devices: Any) -> None:
-    with pytest.raises(longclip_rt.BackendError, match="Devices are numbers of GPUs from 0, each once"):
+    with pytest.raises(longclip_rt.BackendError, match="Devices are numbers of GPUs from 0"):
         Embedder.from_bundle(MODEL, "onnxruntime", devices=devices)

@@ -128,18 +128,22 @@ class Backend(ABC):
 
         Args:
             tower: `text` or `image`.
-            inputs: Token ids [B, S], any integers, 1 <= S <= the context length; or what `images` gave, or normalised
-                pixels [B, 3, H, W], any floats. They are run as int32 and float32.
+            inputs: Token ids [B, S], any integers, 1 <= S <= the context length; or what `images` gave, pixels in any
+                floats. They are run as int32 and float32 (crops as uint8).
             outputs: Names out of `bundle.outputs(tower)`; None for the embedding alone.
 
         Returns:
             One float32 array an output; embeddings are [B, D] and L2-normalised.
 
         Raises:
-            BackendError: The shape or an output's name is not the model's, an input is of another kind or not finite,
-                or the process is a fork of the one that opened the backend.
+            BackendError: The tower, the shape or an output's name is not the model's, an input is of another kind or
+                not finite, or the process is a fork of the one that opened the backend.
         """
+        if tower not in INPUT_NAMES:
+            raise BackendError(f"There is no tower {tower!r}; there are {' and '.join(INPUT_NAMES)}.")
         names = [EMBEDDINGS[tower]] if outputs is None else list(outputs)
+        if not names:
+            raise BackendError("No output was named. Leave outputs away for the embedding.")
         known = self.bundle.outputs(tower)
         if unknown := [name for name in names if name not in known]:
             raise BackendError(

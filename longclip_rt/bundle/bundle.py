@@ -33,6 +33,11 @@ def onnx_name(tower: str, precision: str) -> str:
     return f"{tower}.onnx" if precision == "fp32" else f"{tower}.{precision}.onnx"
 
 
+def int8_name(tower: str) -> str:
+    """The file that holds a tower in int8, in OpenVINO's own format; its weights are in a `.bin` beside it."""
+    return f"{tower}.int8.xml"
+
+
 @dataclass(frozen=True)
 class Bundle:
     """An exported model on disk.
@@ -113,6 +118,11 @@ class Bundle:
         """The precisions that there are graphs of: `fp32`, and `fp16` where it was exported."""
         return tuple(self.manifest["precisions"])
 
+    @property
+    def has_int8(self) -> bool:
+        """Whether it was exported with --int8."""
+        return self.manifest.get("int8") is not None
+
     def outputs(self, tower: str) -> tuple[str, ...]:
         """Names of a tower's outputs, in the graph's order."""
         return tuple(self.manifest["outputs"][tower])
@@ -182,6 +192,7 @@ def _loaded(directory: Path, verify: bool) -> Bundle:
 
 def _manifest(directory: Path) -> dict[str, Any]:
     graphs = {precision: [onnx_name(tower, precision) for tower in TOWERS] for precision in ("fp32", "fp16")}
+    graphs["int8"] = [name for tower in TOWERS for name in (int8_name(tower), f"{tower}.int8.bin")]
     return read_fields(directory, {"all": [TOKENIZER], "pca": [PCA], **graphs})
 
 

@@ -17,7 +17,7 @@ from longclip_rt.errors import LongClipError, OutputError
 
 _CHUNK = 1 << 20
 _IMAGE_SUFFIX = re.compile(r"\.(jpe?g|jpe|jfif|png|gif|bmp|webp|tiff?|p[bgpn]m|jp2|avif|tga|ico)")
-_LONGEST_PATH = 4096  # Linux's limit; others have lower ones
+_LONGEST_PATH = 4096  # bytes, Linux's limit; others have lower ones
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
@@ -62,7 +62,11 @@ def path_from_argument(value: object, what: str, refusal: type[LongClipError]) -
         path = Path(value)  # type: ignore[arg-type]
     except TypeError as error:
         raise refusal(f"{what} is named by a str or a Path; got {type(value).__name__}.") from error
-    if "\0" in str(path) or len(str(path)) > _LONGEST_PATH:
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise refusal(f"{what} is named by a path; {str(path)!r} is not valid Unicode.") from error
+    if b"\0" in encoded or len(encoded) > _LONGEST_PATH:
         raise refusal(f"{what} is named by a path; {str(path)[:60]!r}... holds a NUL, or is longer than any.")
     return path
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import subprocess
@@ -10,6 +11,8 @@ import sys
 import threading
 from collections.abc import Iterator
 from typing import IO
+
+logger = logging.getLogger("longclip_rt")
 
 STATUS = 130
 """Of a program that SIGINT ended, as shells have it."""
@@ -58,14 +61,21 @@ def ended_by_ctrl_c(message: str, seconds: float = 1.5) -> Iterator[None]:
         return
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    watch = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", _WATCH, str(os.getpid()), str(seconds), message],
-        stdin=reading,
-        stdout=subprocess.PIPE,
-        start_new_session=True,  # a terminal sends Ctrl-C to every process in its foreground
-        bufsize=0,
-    )
-    os.close(reading)
+    try:
+        watch = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _WATCH, str(os.getpid()), str(seconds), message],
+            stdin=reading,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # a terminal sends Ctrl-C to every process in its foreground
+            bufsize=0,
+        )
+    except OSError as error:  # no process more may be had: the work itself can go on
+        logger.debug("nothing watches for Ctrl-C: %s", error)
+        os.close(writing)
+        yield
+        return
+    finally:
+        os.close(reading)
     assert watch.stdout is not None
     pressed = threading.Event()
     threading.Thread(target=_heed, args=(watch.stdout, pressed, message), name="longclip-ctrl-c", daemon=True).start()
@@ -76,6 +86,7 @@ def ended_by_ctrl_c(message: str, seconds: float = 1.5) -> Iterator[None]:
         if not pressed.is_set():  # else the program's end may still hang
             signal.set_wakeup_fd(before)
             os.close(writing)
+            watch.kill()
             watch.wait()
 
 
