@@ -153,7 +153,8 @@ def run_bench(bundle: Bundle, options: BenchOptions, say: Say = lambda words: No
 def _rates(bundle: Bundle, options: BenchOptions, say: Say, skipped: dict[str, str]) -> dict[str, float]:
     """In a process that is gone before the contenders take turns."""
     say("the machine's own rates")
-    precisions = sorted({precision for each in options.ways.values() for precision in each})
+    asked = {precision for each in options.ways.values() for precision in each}
+    precisions = sorted({"fp32", *asked} - {"int8"})  # of which PyTorch has no fast product to measure by
     with children(bundle, ["rates"], options.on_gpu) as alone:
         try:
             found: dict[str, float] = alone["rates"].ask("rates", precisions)
@@ -230,7 +231,7 @@ def _bounds(
     bundle: Bundle, case: Case, row: Mapping[str, Any], rates: Mapping[str, float], skipped: dict[str, str]
 ) -> dict[str, Any]:
     """What the tower costs for the tokens that the texts have, whatever a way makes of them."""
-    if not rates:
+    if not rates or row["precision"] == "int8":
         return {}
     try:
         cost = graph_cost(bundle.onnx(case.tower, "fp32"), case.batch, case.tokens)
@@ -239,7 +240,8 @@ def _bounds(
         return {}
     precision = row["precision"]
     moved = cost.bytes(precision)
-    least = bound(cost.flops, moved, rates[f"gemm {precision}"], rates["copy"])
+    # What has no fast products of its own can be computed in fp32.
+    least = bound(cost.flops, moved, max(rates[f"gemm {precision}"], rates["gemm fp32"]), rates["copy"])
     taken = row["stages_ms"]["encoder"]
     return {"flops": cost.flops, "bytes": moved, "bound": least, "reached": float(least["ms"]) / taken}
 
