@@ -89,7 +89,7 @@ def serve(model: Model, options: Options, address: Address) -> None:
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=address.grace,
-            limit_concurrency=4 * options.bounds.connections,  # idle ones too; the guard bounds requests, and answers
+            limit_concurrency=_most_connections(),  # idle ones too; the guard, which says when to come again, is first
             ws="none",
         )
         if address.workers == 1:
@@ -101,6 +101,16 @@ def serve(model: Model, options: Options, address: Address) -> None:
             os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", folder)
             config = settings(partial(app_of, model, options), factory=True, workers=address.workers)
             Multiprocess(config, sockets=[listening]).run()
+
+
+def _most_connections() -> int | None:
+    """As many as there are file descriptors, but for some."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return None if soft == resource.RLIM_INFINITY else max(64, soft - 128)
 
 
 @contextlib.contextmanager
