@@ -36,6 +36,9 @@ EVALUATE = [
     "webdataset>=0.2.100",
 ]
 
+# What `longclip-rt bench --against reference` measures beside the backends, and draws with.
+BENCH = [*EXPORT, "matplotlib>=3.8", "transformers>=5.0"]
+
 # Libraries that a bundle can be put into, each with the extra of its name.
 SENTENCE_TRANSFORMERS = ["sentence-transformers>=6.0", "torch>=2.9"]
 
@@ -48,6 +51,7 @@ FAISS = ["faiss-cpu>=1.13"]
 # What the tests need beside the package; not ONNX Runtime, of which there is one for CPUs and one for GPUs.
 TEST = [
     *TRAIN,
+    *BENCH,
     *EVALUATE,
     *RTX,
     *DIFFUSERS,
@@ -112,6 +116,7 @@ setup(
         "rtx": RTX,
         "export": EXPORT,
         "train": TRAIN,
+        "bench": BENCH,
         "evaluate": EVALUATE,
         "diffusers": DIFFUSERS,
         "faiss": FAISS,

@@ -14,7 +14,7 @@ _SIZE = {"cuda": 8192, "cpu": 1024}
 _COPIED = {"cuda": 1 << 30, "cpu": 256 << 20}
 
 
-def machine_rates(precisions: list[str], on_gpu: bool, seconds: float = 0.3) -> dict[str, float]:
+def machine_rates(precisions: list[str], on_gpu: bool, seconds: float) -> dict[str, float]:
     """The best of several runs each.
 
     Args:

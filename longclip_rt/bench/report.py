@@ -39,7 +39,8 @@ def _case(case: Mapping[str, Any]) -> Iterator[str]:
         for other, ratio in row.get("ratios", {}).items():
             yield (
                 f"  {ratio['latency']:7.2f} x as fast as {other} ({ratio['lowest']:.2f} to {ratio['highest']:.2f}), "
-                f"throughput {ratio['throughput']:.2f} x: {row['way']} {row['precision']}"
+                f"throughput {ratio['throughput']:.2f} x, encoder {ratio['encoder']:.2f} x: "
+                f"{row['way']} {row['precision']}"
             )
     yield f"  {'':<24} {'p50':>9} {'p90':>9} {'p99':>9} ms {'+-':>6} {'per s':>9} {'bound':>8} {'of it':>6}  stages, ms"
     for row in case["rows"]:

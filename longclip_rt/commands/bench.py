@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +43,8 @@ _REFERENCES = ("open_clip", "torch.compile", "transformers", "plain-onnxruntime"
 
 @click.command()
 @click.option("--bundle", type=click.Path(path_type=Path), help="The model. Default: the newest bundle.")
-@click.option("--weights", metavar="W", help="Export these (such as random:ViT-B-16) for the run, in fp32, unverified.")
+@click.option("--weights", metavar="W", help="These weights (such as random:ViT-B-16), exported for the run in fp32, "
+              "unverified; torch alone runs them as they are.")  # fmt: skip
 @click.option("--backend", "backends", type=_Several(("auto", *BACKENDS)), default="auto", show_default=True,
               help="Backends to measure.")  # fmt: skip
 @click.option("--precision", "precisions", type=_Several(("auto", *PRECISIONS)), default="auto", show_default=True,
@@ -56,8 +58,10 @@ _REFERENCES = ("open_clip", "torch.compile", "transformers", "plain-onnxruntime"
 @click.option("--rounds", type=click.IntRange(1), default=4, show_default=True, help="Turns of each way in each case.")
 @click.option("--seconds", type=click.FloatRange(0, min_open=True), default=2.0, show_default=True,
               help="Of each way in each case, all rounds together, warm-up aside.")  # fmt: skip
+@click.option("--limit", type=click.FloatRange(0, min_open=True), default=None,
+              help="Begin no further case after so many seconds.")  # fmt: skip
 @click.option("--quick", is_flag=True, help="2 rounds of 0.1 seconds.")
-@click.option("--json", "json_path", type=_FILE, help="Write everything there.")
+@click.option("--json", "json_path", type=_FILE, help="Write everything there, after each case.")
 @click.option("--csv", "csv_path", type=_FILE, help="Write the table there.")
 @click.option("--plot", "plot_path", type=_FILE, help="Draw there: .png, .svg or .pdf.")
 @click.option("--compare", "old_path", type=_FILE,
@@ -75,6 +79,7 @@ def bench(
     lengths: tuple[int, ...],
     rounds: int,
     seconds: float,
+    limit: float | None,
     quick: bool,
     json_path: Path | None,
     csv_path: Path | None,
@@ -105,14 +110,18 @@ def bench(
     def say(words: str) -> None:
         click.echo(words, err=True)
 
-    with model(bundle, weights, say) as opened:
+    def keep(results: dict[str, Any]) -> None:
+        if json_path is not None:
+            write_text_atomically(json_path, json.dumps(results, indent=1) + "\n")
+
+    with model(bundle, weights, backends, say) as opened:
         ways, on_gpu = ways_of(opened, backends, precisions, _REFERENCES if "reference" in (against or ()) else against)
         chosen = cases(towers, batches or BATCHES[on_gpu], lengths, opened.architecture.context_length)
         rounds, seconds = (2, 0.2) if quick else (rounds, seconds)
-        results = run_bench(opened, BenchOptions(ways, chosen, on_gpu, seconds, rounds), say)
+        options = BenchOptions(ways, chosen, on_gpu, seconds, rounds, limit or math.inf)
+        results = run_bench(opened, options, say, keep)
     click.echo("\n".join(table(results)))
-    if json_path is not None:
-        write_text_atomically(json_path, json.dumps(results, indent=1) + "\n")
+    keep(results)
     if csv_path is not None:
         write_text_atomically(csv_path, csv_text(results, " ".join(["longclip-rt", *sys.argv[1:]])))
     if plot_path is not None:

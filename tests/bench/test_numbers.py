@@ -63,7 +63,9 @@ def test_a_summary_tells_percentiles_spread_and_rate() -> None:
 
 def test_ratios_are_taken_round_by_round() -> None:
     ours, theirs = summary(rounds(1, 2, 4, rate=30), 1), summary(rounds(3, 4, 20, rate=10), 1)
-    assert ratios(ours, theirs) == pytest.approx({"latency": 3, "lowest": 2, "highest": 5, "throughput": 3})
+    assert ratios(ours, theirs) == pytest.approx(
+        {"latency": 3, "lowest": 2, "highest": 5, "throughput": 3, "encoder": 2}
+    )
 
 
 def test_the_bound_is_the_slower_of_two() -> None:
@@ -114,7 +116,7 @@ def test_compare_exits_1_on_a_regression(
     now: float, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "old.json").write_text(json.dumps(results(2.0)))
-    monkeypatch.setattr(measure, "run_bench", lambda bundle, options, say: results(now))
+    monkeypatch.setattr(measure, "run_bench", lambda *given: results(now))
     given = ["--bundle", str(TINY), "--backend", "onnxruntime", "--compare", str(tmp_path / "old.json")]
     run = CliRunner().invoke(bench, given)
     assert run.exit_code == status, run.output
