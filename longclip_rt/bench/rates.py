@@ -30,6 +30,13 @@ def machine_rates(precisions: list[str], on_gpu: bool, seconds: float) -> dict[s
         MissingExtraError: PyTorch is not installed.
     """
     torch: Any = require("torch", "export")
+    rates = _rates(torch, precisions, on_gpu, seconds)
+    if on_gpu:
+        torch.cuda.empty_cache()  # gigabytes, which the others may need
+    return rates
+
+
+def _rates(torch: Any, precisions: list[str], on_gpu: bool, seconds: float) -> dict[str, float]:
     device = "cuda" if on_gpu else "cpu"
     wait = torch.cuda.synchronize if on_gpu else lambda: None
     torch.backends.cuda.matmul.allow_tf32 = False
