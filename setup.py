@@ -21,6 +21,8 @@ LINUX = "platform_system == 'Linux' and platform_machine == 'x86_64'"
 # What builds TensorRT-RTX engines, on any machine; ONNX, since the graphs are changed a little on the way.
 RTX = [f"tensorrt-rtx>=1.7; {LINUX}", "onnx>=1.18"]
 
+INT8 = ["nncf>=3.0"]  # it holds numpy below 2.5
+
 TRAIN = [
     *EXPORT,
     "matplotlib>=3.8",
@@ -36,32 +38,42 @@ EVALUATE = [
     "webdataset>=0.2.100",
 ]
 
-# What `longclip-rt bench --against reference` measures beside the backends, and draws with.
-BENCH = [*EXPORT, "matplotlib>=3.8", "transformers>=5.0"]
+# Libraries that a bundle can be put into, each with the extra of its name; the oldest versions that were tried.
+SENTENCE_TRANSFORMERS = ["sentence-transformers>=6.2", "torch>=2.9"]
 
-# Libraries that a bundle can be put into, each with the extra of its name.
-SENTENCE_TRANSFORMERS = ["sentence-transformers>=6.0", "torch>=2.9"]
+SERVE = [
+    "fastapi>=0.115",
+    "httptools>=0.6",
+    "prometheus-client>=0.20",
+    "python-multipart>=0.0.18",
+    "uvicorn>=0.54",
+]
 
 # onnx: the final norm is read from the graph.
-DIFFUSERS = ["diffusers>=0.35", "onnx>=1.18", "torch>=2.9", "transformers>=5.0"]
+DIFFUSERS = ["diffusers>=0.42", "onnx>=1.18", "torch>=2.9", "transformers>=5.0"]
 
-LANCE = ["lancedb>=0.30", "pylance>=4.0"]
-FAISS = ["faiss-cpu>=1.13"]
+LANCE = ["lancedb>=0.40", "pylance>=14.0"]
+RAY = ["ray[data]>=2.60"]
+FAISS = ["faiss-cpu>=1.15"]
 
 # What the tests need beside the package; not ONNX Runtime, of which there is one for CPUs and one for GPUs.
 TEST = [
     *TRAIN,
-    *BENCH,
     *EVALUATE,
     *RTX,
     *DIFFUSERS,
     *FAISS,
     *LANCE,
+    *INT8,
+    *RAY,
     *SENTENCE_TRANSFORMERS,
+    *SERVE,
     "datasets>=4.0",
     "duckdb>=1.4",
     "hypothesis>=6.100",
+    "openai>=1.60",
     "pandas>=2.2",
+    "playwright>=1.40",  # drives a Chromium that is installed; without one its tests are skipped
     "polars>=1.30",
     "pytest>=8.0",
     "pytest-timeout>=2.3",
@@ -69,6 +81,7 @@ TEST = [
     "PyYAML>=6.0",
     "qdrant-client>=1.16",
     "regex>=2024.0",
+    "schemathesis>=4.0",
     "scikit-learn>=1.4",
     "torchvision>=0.24",
     "transformers>=5.0",
@@ -90,6 +103,7 @@ setup(
             "assets/examples/captions.json",
             "assets/examples/photos/*.jpg",
             "assets/examples/unicode.txt",
+            "serving/page/*",
             "assets/tiny/*",  # the built-in model: an exported bundle and its model card
         ]
     },
@@ -115,14 +129,18 @@ setup(
         "tensorrt": ["tensorrt>=10.14", "onnx>=1.18"],
         "rtx": RTX,
         "export": EXPORT,
+        "int8": INT8,
         "train": TRAIN,
-        "bench": BENCH,
         "evaluate": EVALUATE,
         "diffusers": DIFFUSERS,
         "faiss": FAISS,
         "lance": LANCE,
         "sentence-transformers": SENTENCE_TRANSFORMERS,
+        "serve": SERVE,
+        "ray": RAY,
         "plot": ["matplotlib>=3.8"],
+        # What `bench --against reference` runs beside the backends.
+        "bench": [*EXPORT, "matplotlib>=3.8", "transformers>=5.0"],
         "test": TEST,
         "dev": [
             *TEST,

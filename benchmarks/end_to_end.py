@@ -4,8 +4,8 @@
 
 The photographs are different crops of the example photographs, about 500 pixels wide, as JPEG files. "bare encoder":
 crops that are in memory, in the batches that `embed` makes. "embed": `embed_files`, from the list to the renamed
-Parquet file, in the same process with the encoders loaded. The two take turns. "embed, whole command": in a process
-of its own, with start-up and compilation of the encoder, once. Writes results/end_to_end.csv.
+Parquet file, in the same process with the encoders loaded. "embed, whole command": in a process of its own, from its
+start to its end. The three take turns. Writes results/end_to_end.csv.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -70,25 +69,22 @@ def main() -> None:
             embed_files([str(listing)], out, embedder, EmbedOptions(overwrite=True, restart=True))
             out.unlink()  # the next turn does the work anew
 
-        rates = rates_in_turns({"bare encoder": (bare, PHOTOS), "embed": (end_to_end, PHOTOS)}, arguments.rounds)
-        command = [sys.executable, "-m", "longclip_rt", "embed", str(listing), "-o", str(out)]
+        def whole_command() -> None:
+            command = [sys.executable, "-m", "longclip_rt", "embed", str(listing), "-o", str(out)]
+            subprocess.run([*command, "--bundle", str(arguments.bundle)], check=True, capture_output=True)
+            out.unlink()
+
+        ways = {"bare encoder": bare, "embed": end_to_end, "embed, whole command": whole_command}
+        rates = rates_in_turns({name: (way, PHOTOS) for name, way in ways.items()}, arguments.rounds)
         embedder.close()
-        started = time.perf_counter()
-        subprocess.run([*command, "--bundle", str(arguments.bundle)], check=True, capture_output=True)
-        whole = PHOTOS / (time.perf_counter() - started)
-    share = median_ratio(rates["embed"], rates["bare encoder"])
     rows = [
         {
             "way": name,
             "photographs per second": f"{statistics.median(rate):.2f}",
-            "share of the bare encoder": f"{share_of:.2f}",
-            "target": target,
+            "share of the bare encoder": f"{median_ratio(rate, rates['bare encoder']):.2f}",
+            "target": TARGET if name != "bare encoder" else "",
         }
-        for name, rate, share_of, target in (
-            ("bare encoder", rates["bare encoder"], 1.0, ""),
-            ("embed", rates["embed"], share, TARGET),
-            ("embed, whole command", [whole], whole / statistics.median(rates["bare encoder"]), ""),
-        )
+        for name, rate in rates.items()
     ]
     save_table("end_to_end", rows)
 

@@ -24,6 +24,7 @@ from longclip_rt.bundle.bundle import (
 from longclip_rt.bundle.samples import example_photos
 from longclip_rt.choices import ARCHITECTURES
 from longclip_rt.errors import ExportError
+from longclip_rt.export.int8 import Int8Sample, write_int8
 from longclip_rt.export.onnx import OPSET, export_tower
 from longclip_rt.export.precision import BlockActivation, half_tower
 from longclip_rt.export.reference import reference_from_towers
@@ -63,6 +64,8 @@ class ExportOptions:
         pca_mode: What these are, `project` or `reconstruct`.
         pca_in_engine: Whether to add fp16 graphs with the plug-in `longclip::pca_head` in the PCA's place.
         verify: False leaves the gate out, for a bundle that only its speed is asked of.
+        int8: Whether to add models in int8 for OpenVINO.
+        int8_sample: What these are calibrated and judged on; None for what ships with the package.
     """
 
     weights: str
@@ -74,6 +77,8 @@ class ExportOptions:
     pca_mode: str = "project"
     pca_in_engine: bool = False
     verify: bool = True
+    int8: bool = False
+    int8_sample: Int8Sample | None = None
 
 
 @dataclass(frozen=True)
@@ -160,8 +165,12 @@ def export_bundle(options: ExportOptions, progress: Progress = lambda stage: Non
         if pca is not None:
             save_pca(pca, staging / PCA)
             reference = reference.with_pca(pca, options.pca_mode)
-        checks = [
-            *_write_graphs(bundle, text, image, activations, progress),
+        checks = [*_write_graphs(bundle, text, image, activations, progress)]
+        if options.int8:
+            fields["int8"], fidelity_checks = write_int8(bundle, options.int8_sample, progress)
+            bundle = Bundle(staging, {**fields, "files": {}})
+            checks += fidelity_checks
+        checks += [
             *(_gate(bundle, sample, reference, progress) if options.verify else ()),
             *_write_head(bundle, text, image, options, sample, reference, progress),
         ]
@@ -169,13 +178,19 @@ def export_bundle(options: ExportOptions, progress: Progress = lambda stage: Non
         if report.failed:
             raise ParityError(
                 f"The export of {options.weights} failed {len(report.failed)} of {len(checks)} checks, so no bundle "
-                "was written. Please report this with the table above; another torch or onnxruntime version may help.",
+                f"was written. {_advice(report)}",
                 report,
             )
         _keep_self_check(bundle, sample, reference)
         progress("hashing")
         write_manifest(staging, {**fields, "parity": report.to_dict()})
     return load_bundle(target), report
+
+
+def _advice(report: ParityReport) -> str:
+    if all(check.precision == "int8" for check in report.failed):
+        return "All are of int8: leave --int8 out, or calibrate on more of your own inputs with --int8-sample."
+    return "Please report this with the table above; another torch or onnxruntime version may help."
 
 
 def _refuse_without_vectors(reference: Reference, weights: str) -> None:
@@ -194,6 +209,10 @@ def _check(options: ExportOptions) -> None:
     """Refuses, and says how to go on, before minutes of work."""
     for module, extra in (("torch", "export"), ("open_clip", "export"), ("onnxruntime", "cpu")):
         require(module, extra)
+    if options.int8:
+        require("nncf", "int8")
+        if not availability("openvino").usable:
+            raise ExportError("int8 models are OpenVINO's, which cannot be used here. Leave --int8 out.")
     if options.out is not None and options.out.exists():
         with directory_in_the_making(options.out):
             pass
@@ -215,7 +234,7 @@ def _towers(checkpoint: Checkpoint, options: ExportOptions, pca: Pca | None) -> 
 
 def _gate(bundle: Bundle, sample: Sample, reference: Reference, progress: Progress) -> Iterator[Check]:
     """Runs the files with everything that may run them."""
-    for runtime, precision in _runtimes("fp16" in bundle.precisions):
+    for runtime, precision in _runtimes("fp16" in bundle.precisions, bundle.has_int8):
         progress(f"checking with {runtime} in {precision}")
         rounded = runtime == RoundedHalfBackend.name
         with closed_after(
@@ -251,16 +270,17 @@ def _write_head(
 def stages(options: ExportOptions) -> int:
     """How many times `export_bundle` calls `progress`."""
     graphs = len(TOWERS) * (2 if options.fp16 else 1)
-    return 3 + graphs + len(_runtimes(options.fp16)) + (options.fp16 and options.pca is not None)
+    graphs += len(TOWERS) * options.int8
+    return 3 + graphs + len(_runtimes(options.fp16, options.int8)) + (options.fp16 and options.pca is not None)
 
 
-def _runtimes(fp16: bool) -> list[tuple[str, str]]:
+def _runtimes(fp16: bool, int8: bool) -> list[tuple[str, str]]:
     """What the gate runs the files with: fp16 as a GPU rounds it, and every pair it may pick on this machine."""
     runtimes = [("onnxruntime", "fp32")]
     if fp16:
         runtimes += [(RoundedHalfBackend.name, "fp16"), ("onnxruntime", "fp16")]
-    openvino = availability("openvino")
-    return runtimes + [("openvino", precision) for precision in ("fp32", "bf16") if precision in openvino.precisions]
+    offered = (*availability("openvino").precisions, *(("int8",) if int8 else ()))
+    return runtimes + [("openvino", precision) for precision in ("fp32", "bf16", "int8") if precision in offered]
 
 
 def _outputs(tower: TextTower | ImageTower, names: tuple[str, ...]) -> list[str]:

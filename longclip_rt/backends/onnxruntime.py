@@ -111,7 +111,7 @@ class OnnxRuntimeBackend(Backend):
     def _run(self, tower: str, inputs: NDArray[np.generic], outputs: Sequence[str]) -> list[Float32]:
         session = self._session(tower)
         with self._errors(f"failed on {len(inputs)} {tower}s"):
-            results: list[Float32] = session.run(list(outputs), {INPUT_NAMES[tower]: np.ascontiguousarray(inputs)})
+            results: list[Float32] = session.run(list(outputs), {INPUT_NAMES[tower]: inputs})
         return results
 
     def _close(self) -> None:
@@ -155,7 +155,7 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
         with self._errors(f"failed on {len(inputs)} {tower}s on {self.device}"):
             mark()
             binding = session.io_binding()
-            value = self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(inputs), self.memory, self._number)
+            value = self._ort.OrtValue.ortvalue_from_numpy(inputs, self.memory, self._number)
             binding.bind_ortvalue_input(INPUT_NAMES[tower], value)
             for name in outputs:
                 binding.bind_output(name, self.memory, self._number)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longclip_rt.backends.base import INPUT_NAMES, Backend, Float32
-from longclip_rt.bundle.bundle import Bundle
+from longclip_rt.bundle.bundle import Bundle, int8_name
 from longclip_rt.errors import BackendError
 from longclip_rt.system.forks import ends_in_forks
 
@@ -21,7 +21,7 @@ _CAPABILITIES = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16"}
 
 
 @functools.cache
-def _core(openvino: ModuleType) -> Any:
+def shared_core(openvino: ModuleType) -> Any:
     """The process's only core. OpenVINO's CPU plug-in gives the thread that loads it a stack for signal handlers.
 
     Of several cores that are not dropped in the reverse order, the last one puts back the stack of one that is gone;
@@ -40,8 +40,13 @@ def openvino_precisions() -> list[str]:
     """
     import openvino
 
-    found = _core(openvino).get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    found = shared_core(openvino).get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return [precision for precision in ("bf16", "fp32", "fp16") if _CAPABILITIES[precision] in found]
+
+
+def hint_for(precision: str) -> str:
+    """What OpenVINO calls a precision. What is not quantised of an int8 model computes in bf16 where the CPU does."""
+    return _HINTS["bf16" if "bf16" in openvino_precisions() else "fp32"] if precision == "int8" else _HINTS[precision]
 
 
 def streams_for(threads: int) -> int:
@@ -62,7 +67,7 @@ def _shapes(ports: Sequence[Any]) -> dict[str, list[object]]:
 
 
 class OpenVinoBackend(Backend):
-    """Runs the fp32 graphs; OpenVINO lowers the matrix products to the wanted precision itself.
+    """Runs the fp32 graphs; OpenVINO lowers the matrix products to the wanted precision itself. For int8 it has others.
 
     Requests run side by side, one a stream, which keeps every core busy through the operators that do not scale.
     """
@@ -73,18 +78,19 @@ class OpenVinoBackend(Backend):
         super().__init__(bundle, precision)
         import openvino
 
-        self._core = _core(openvino)
+        self._core = shared_core(openvino)
         openvino.Tensor(np.zeros(1, np.float32))  # its interface to numpy, before other threads; see `prepare`
         self._version = str(openvino.__version__).split("-")[0]
         self._compiled: dict[str, Any] = {}
         self._idle: dict[str, list[Any]] = {"text": [], "image": []}
         self._lock = threading.Lock()
         supported = openvino_precisions()
-        if precision not in supported:
+        if precision not in (*supported, "int8"):
             raise BackendError(
                 f"OpenVINO cannot compute in {precision} on this CPU; it can in {' and '.join(supported)}. "
                 "Choose one of these with --precision, or leave --precision auto."
             )
+        self._hint = hint_for(precision)
         self.concurrency = streams_for(int(self._core.get_property("CPU", "RANGE_FOR_STREAMS")[1]))
 
     @property
@@ -108,19 +114,17 @@ class OpenVinoBackend(Backend):
             if tower not in self._compiled:
                 config = {
                     "PERFORMANCE_HINT": "THROUGHPUT",
-                    "INFERENCE_PRECISION_HINT": _HINTS[self.precision],
+                    "INFERENCE_PRECISION_HINT": self._hint,
                     "NUM_STREAMS": self.concurrency,
                 }
-                graph = self.bundle.onnx(tower, "fp32")
+                int8 = self.precision == "int8"
+                graph = self.bundle.file(int8_name(tower)) if int8 else self.bundle.onnx(tower, "fp32")
                 try:
                     compiled = self._core.compile_model(str(graph), "CPU", config)
                 except RuntimeError as error:
                     raise BackendError(f"OpenVINO could not compile {graph}: {error}") from error
                 used = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
-                if used not in (
-                    _HINTS[self.precision],
-                    {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}.get(used),
-                ):
+                if used not in (self._hint, {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}.get(used)):
                     raise BackendError(
                         f"OpenVINO was asked for {self.precision} and chose {used}. Ask for fp32 instead."
                     )
@@ -134,7 +138,7 @@ class OpenVinoBackend(Backend):
             request = self._idle[tower].pop() if self._idle[tower] else None
         request = request or compiled.create_infer_request()
         try:
-            request.infer({INPUT_NAMES[tower]: np.ascontiguousarray(inputs)}, share_inputs=True)
+            request.infer({INPUT_NAMES[tower]: inputs}, share_inputs=True)
             # A request's output memory is used again by its next call, so the results are copied out.
             return [np.array(request.get_tensor(name).data, dtype=np.float32) for name in outputs]
         finally:

@@ -48,7 +48,7 @@ class Case:
 
 def cases(towers: Sequence[str], batches: Sequence[int], lengths: Sequence[int], context: int) -> list[Case]:
     """Every batch size of every tower, of texts at every length that the model reads."""
-    kept = sorted({min(length, context) for length in lengths})
+    kept = sorted({min(max(length, 2), context) for length in lengths})  # SOT and EOT are always there
     texts = [Case("text", batch, length) for length in kept for batch in batches]
     return [case for case in [*texts, *(Case("image", batch) for batch in batches)] if case.tower in towers]
 

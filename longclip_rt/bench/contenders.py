@@ -16,12 +16,10 @@ from longclip_rt.backends.batching import padded_length
 from longclip_rt.backends.torch import TorchBackend, checkpoint_of
 from longclip_rt.bench.rates import dtype_of
 from longclip_rt.bundle.bundle import Bundle
+from longclip_rt.choices import REFERENCES
 from longclip_rt.errors import BackendError
 from longclip_rt.opening import open_backend
 from longclip_rt.system.extras import require
-
-REFERENCES = ("open_clip", "torch.compile", "transformers", "plain-onnxruntime")
-"""What one would use instead; every text goes in at the model's whole context."""
 
 Array = NDArray[Any]
 
@@ -90,7 +88,7 @@ class Ours(Contender):
 
 
 class Reference(Contender):
-    """Something else on the same weights."""
+    """Something else on the same weights; every text goes in at the model's whole context."""
 
     def __init__(self, bundle: Bundle) -> None:
         self._context, self._transform = bundle.architecture.context_length, bundle.transform
@@ -111,7 +109,7 @@ class TorchReference(Reference):
 
     def __init__(self, bundle: Bundle, name: str, precision: str, on_gpu: bool) -> None:
         super().__init__(bundle)
-        torch: Any = require("torch", "export")
+        torch: Any = require("torch", "bench")
         self._torch, self._on_gpu = torch, on_gpu
         self._device = torch.device("cuda:0" if on_gpu else "cpu")
         self._dtype = dtype_of(torch, precision)

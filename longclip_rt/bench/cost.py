@@ -47,7 +47,7 @@ def graph_cost(path: Path, output: str, rows: int, tokens: int | None = None) ->
         BackendError: A product's shape cannot be told from the graph.
         MissingExtraError: onnx is not installed.
     """
-    onnx: Any = require("onnx", "export")
+    onnx: Any = require("onnx", "bench")
     model = onnx.load(str(path), load_external_data=False)
     sizes = (rows,) if tokens is None else (rows, tokens)
     for dim, size in zip(model.graph.input[0].type.tensor_type.shape.dim, sizes, strict=False):

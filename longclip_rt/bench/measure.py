@@ -14,13 +14,14 @@ from typing import Any
 
 from longclip_rt.backends.base import EMBEDDINGS
 from longclip_rt.bench.cases import Case
-from longclip_rt.bench.contenders import REFERENCES, same_vectors
+from longclip_rt.bench.contenders import same_vectors
 from longclip_rt.bench.cost import Cost, graph_cost
 from longclip_rt.bench.machine import description
 from longclip_rt.bench.roofline import tower_cost
 from longclip_rt.bench.summary import bound, ratios, summary
 from longclip_rt.bench.worker import Round, serve
 from longclip_rt.bundle.bundle import Bundle
+from longclip_rt.choices import REFERENCES
 from longclip_rt.errors import BackendError, MissingExtraError
 
 logger = logging.getLogger("longclip_rt")
@@ -174,7 +175,7 @@ def _rates(
     child: Child, options: BenchOptions, seconds: float, known: Mapping[str, float], skipped: dict[str, str]
 ) -> dict[str, float]:
     """Measures the machine once more, and keeps the best of each rate: other programs may have had their share."""
-    precisions = sorted({precision for each in options.ways.values() for precision in each})
+    precisions = sorted({"fp32", *(precision for each in options.ways.values() for precision in each)})
     try:
         found = child.ask("rates", precisions, seconds)
     except BackendError as error:
@@ -267,7 +268,8 @@ def _bound(results: Mapping[str, Any]) -> None:
     for case in results["cases"]:
         for row in case["rows"] if rates and case["cost"] else ():
             cost, precision = Cost(**case["cost"]), row["precision"]
-            least = bound(cost.flops, cost.bytes(precision), rates[f"gemm {precision}"], rates["copy"])
+            gemm = max(rates[f"gemm {precision}"], rates["gemm fp32"])  # without fast products, fp32 serves
+            least = bound(cost.flops, cost.bytes(precision), gemm, rates["copy"])
             row |= {"bound": least, "reached": float(least["ms"]) / row["stages_ms"]["encoder"]}
 
 

@@ -29,7 +29,7 @@ def machine_rates(precisions: list[str], on_gpu: bool, seconds: float) -> dict[s
     Raises:
         MissingExtraError: PyTorch is not installed.
     """
-    torch: Any = require("torch", "export")
+    torch: Any = require("torch", "bench")
     rates = _rates(torch, precisions, on_gpu, seconds)
     if on_gpu:
         torch.cuda.empty_cache()  # gigabytes, which the others may need

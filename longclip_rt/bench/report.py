@@ -22,8 +22,10 @@ def table(results: Mapping[str, Any]) -> Iterator[str]:
     for case in results["cases"]:
         yield ""
         yield from _case(case)
-    notes = {f"{way}: {each['not apart']}" for way, each in results["ways"].items() if each["not apart"]}
-    yield from ("", *(f"Not told apart, {note}" for note in sorted(notes)))
+    yield ""
+    for note in dict.fromkeys(each["not apart"] for each in results["ways"].values() if each["not apart"]):
+        whose = [way for way, each in results["ways"].items() if each["not apart"] == note]
+        yield f"Not told apart: {note} ({', '.join(whose)})"
     for way, reason in results["skipped"].items():
         yield f"Not measured, {way}: {reason}"
 
@@ -35,13 +37,14 @@ def _rate(name: str, rate: float) -> str:
 def _case(case: Mapping[str, Any]) -> Iterator[str]:
     agreement = "" if case["agreement"] is None else f", vectors agree to a cosine of {case['agreement']:.5f}"
     yield f"{case['label']}{agreement}"
-    for row in case["rows"]:
-        for other, ratio in row.get("ratios", {}).items():
-            yield (
-                f"  {ratio['latency']:7.2f} x as fast as {other} ({ratio['lowest']:.2f} to {ratio['highest']:.2f}), "
-                f"throughput {ratio['throughput']:.2f} x, encoder {ratio['encoder']:.2f} x: "
-                f"{row['way']} {row['precision']}"
-            )
+    ours = [row for row in case["rows"] if row.get("ratios")]
+    if ours:
+        yield f"  {'times as fast as':<24}" + "".join(f" {other:>24}" for other in ours[0]["ratios"])
+    for row in ours:
+        cells = [
+            f"{each['latency']:.2f} ({each['lowest']:.2f}-{each['highest']:.2f})" for each in row["ratios"].values()
+        ]
+        yield f"  {row['way'] + ' ' + row['precision']:<24}" + "".join(f" {cell:>24}" for cell in cells)
     yield f"  {'':<24} {'p50':>9} {'p90':>9} {'p99':>9} ms {'+-':>6} {'per s':>9} {'bound':>8} {'of it':>6}  stages, ms"
     for row in case["rows"]:
         ms = row["ms"]

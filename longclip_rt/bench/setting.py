@@ -15,14 +15,18 @@ from longclip_rt.opening import AUTO_ORDER, availability, runs_on_gpu
 
 @contextmanager
 def model(
-    path: Path | None, weights: str | None, backends: Sequence[str], say: Callable[[str], None]
+    path: Path | None, weights: str | None, graphs: Sequence[str], say: Callable[[str], None]
 ) -> Iterator[Bundle]:
     """A bundle: the one at `path`, one made of weights for as long as the block runs, or the newest.
 
-    One made of weights for `torch` alone has no graphs, so that nothing needs to be exported.
+    Args:
+        path: A bundle's directory, or None.
+        weights: Anything `load_checkpoint` takes, or None.
+        graphs: Precisions to export the weights in; none for `torch` alone, which takes them as they are.
+        say: Told what is done next.
 
     Raises:
-        BackendError: Both a bundle and weights are named.
+        BackendError: Both name a model.
         BundleError: There is no bundle, or it is damaged.
         WeightsError: The weights cannot be used.
     """
@@ -34,11 +38,11 @@ def model(
     from longclip_rt.export.exporter import ExportOptions, export_bundle
 
     with tempfile.TemporaryDirectory(prefix="longclip-rt-bench-") as folder:
-        if set(backends) == {"torch"}:
+        if not graphs:
             say(f"reading {weights}")
             yield _without_graphs(weights, Path(folder))
             return
-        options = ExportOptions(weights, Path(folder) / "bundle", verify=False)
+        options = ExportOptions(weights, Path(folder) / "bundle", "fp16" in graphs, verify=False)
         yield export_bundle(options, say)[0]
 
 
@@ -74,7 +78,7 @@ def ways_of(
         BackendError: A backend cannot be used here.
     """
     ways: dict[str, list[str]] = {}
-    for name in dict.fromkeys(_chosen(each) for each in backends):
+    for name in dict.fromkeys(each for named in backends for each in _chosen(named)):
         state = availability(name)
         if not state.usable:
             raise BackendError(f"The backend {name} cannot be used: {state.reason}. Mend it with: {state.remedy}")
@@ -91,8 +95,12 @@ def ways_of(
     return ways, any(places.values())
 
 
-def _chosen(name: str) -> str:
-    """What `auto` stands for: the first usable backend; `torch` on a GPU alone."""
-    if name != "auto":
-        return name
-    return next(each for each in AUTO_ORDER if availability(each).usable and (each != "torch" or runs_on_gpu(each)))
+def _chosen(name: str) -> list[str]:
+    """What `auto` and `all` stand for: the first usable backend; every one on the GPU, or without a GPU on the CPU."""
+    if name not in ("auto", "all"):
+        return [name]
+    usable = [each for each in AUTO_ORDER if availability(each).usable]
+    if name == "all":
+        on_gpu = [each for each in usable if runs_on_gpu(each)]
+        return on_gpu or usable
+    return [next(each for each in usable if each != "torch" or runs_on_gpu(each))]

@@ -47,9 +47,8 @@ def ratios(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
         theirs: Another of the same rounds.
 
     Returns:
-        `latency`: the median over the rounds of their median time by ours; `lowest` and `highest` of these;
-        `throughput`, the median of our rate by theirs; and `encoder`, of that stage alone, without copies where both
-        can tell them apart.
+        `latency`: the median over the rounds of their median time by ours; `lowest` and `highest` of these; and
+        `throughput`, the median of our rate by theirs.
     """
     each = [b / a for a, b in zip(ours["medians_ms"], theirs["medians_ms"], strict=True)]
     rates = [a / b for a, b in zip(ours["rates"], theirs["rates"], strict=True)]
@@ -58,7 +57,6 @@ def ratios(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
         "lowest": min(each),
         "highest": max(each),
         "throughput": statistics.median(rates),
-        "encoder": theirs["stages_ms"]["encoder"] / ours["stages_ms"]["encoder"],
     }
 
 

@@ -15,7 +15,7 @@ from longclip_rt.errors import BundleError, OutputError, PcaError
 from longclip_rt.model.architecture import Architecture
 from longclip_rt.model.preprocess import ImageTransform
 from longclip_rt.model.tokenizer import Tokenizer
-from longclip_rt.system.files import sha256_of_file, sha256_of_json, write_text_atomically
+from longclip_rt.system.files import path_from_argument, sha256_of_file, sha256_of_json, write_text_atomically
 
 if TYPE_CHECKING:
     from longclip_rt.pca.basis import Pca
@@ -31,6 +31,11 @@ BUILT_IN = Path(__file__).parent.parent / "assets" / "tiny"
 def onnx_name(tower: str, precision: str) -> str:
     """The file that holds a tower: `text.onnx`, or `text.fp16.onnx` for the half-precision graph."""
     return f"{tower}.onnx" if precision == "fp32" else f"{tower}.{precision}.onnx"
+
+
+def int8_name(tower: str) -> str:
+    """The file that holds a tower in int8, in OpenVINO's own format; its weights are in a `.bin` beside it."""
+    return f"{tower}.int8.xml"
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,11 @@ class Bundle:
         """The precisions that there are graphs of: `fp32`, and `fp16` where it was exported."""
         return tuple(self.manifest["precisions"])
 
+    @property
+    def has_int8(self) -> bool:
+        """Whether it was exported with --int8."""
+        return self.manifest.get("int8") is not None
+
     def outputs(self, tower: str) -> tuple[str, ...]:
         """Names of a tower's outputs, in the graph's order."""
         return tuple(self.manifest["outputs"][tower])
@@ -152,10 +162,17 @@ def load_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
         verify: False compares sizes only, for listings.
 
     Raises:
-        BundleError: There is no bundle at `path`, a file is missing or altered, or the format is newer than this
-            program.
+        BundleError: There is no bundle at `path`, it cannot be read, a file is missing or altered, or the format is
+            newer than this program.
     """
-    directory = Path(path)
+    directory = path_from_argument(path, "A bundle", BundleError)
+    try:
+        return _loaded(directory, verify)
+    except OSError as error:
+        raise BundleError(f"The bundle {str(directory)!r} cannot be read: {error.strerror or error}.") from error
+
+
+def _loaded(directory: Path, verify: bool) -> Bundle:
     manifest = _manifest(directory)
     bundle = Bundle(directory.resolve(), manifest)
     files: Mapping[str, Mapping[str, Any]] = manifest["files"]
@@ -175,6 +192,7 @@ def load_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
 
 def _manifest(directory: Path) -> dict[str, Any]:
     graphs = {precision: [onnx_name(tower, precision) for tower in TOWERS] for precision in ("fp32", "fp16")}
+    graphs["int8"] = [name for tower in TOWERS for name in (int8_name(tower), f"{tower}.int8.bin")]
     return read_fields(directory, {"all": [TOKENIZER], "pca": [PCA], **graphs})
 
 
@@ -240,18 +258,20 @@ def find_bundle(sha256: str) -> Path | None:
 
 
 def default_bundle() -> Bundle:
-    """The newest exported bundle, else the built-in model.
+    """The newest exported bundle, else the built-in model; damaged ones are passed over, which is logged.
 
     Raises:
-        BundleError: There is neither.
+        BundleError: There is none.
     """
-    bundles = known_bundles()
-    if not bundles:
-        raise BundleError(
-            f"There is no bundle in {bundles_home()} yet. Make one with: longclip-rt export --fp16 "
-            "--weights BeichenZhang/LongCLIP-B (or name one with --bundle)."
-        )
-    return load_bundle(bundles[0].path)
+    for bundle in known_bundles():
+        try:
+            return load_bundle(bundle.path)
+        except BundleError as error:
+            logger.warning("passed over a bundle: %s", error)
+    raise BundleError(
+        f"There is no bundle in {bundles_home()} yet that can be used. Make one with: longclip-rt export --fp16 "
+        "--weights BeichenZhang/LongCLIP-B (or name one with --bundle)."
+    )
 
 
 def rename_weights(directory: Path, name: str) -> Bundle:

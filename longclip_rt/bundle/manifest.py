@@ -68,6 +68,7 @@ class _Manifest(msgspec.Struct):
     source: _Source
     files: Annotated[dict[str, _File], Meta(min_length=1)]
     pca: _Pca | None = None
+    int8: dict[str, Any] | None = None
 
 
 def content_hash(fields: Mapping[str, Any]) -> str:
@@ -91,7 +92,7 @@ def read_fields(directory: Path, needed: Mapping[str, list[str]]) -> dict[str, A
 
     Args:
         directory: The bundle's.
-        needed: Files that it must list: for each precision (`fp32`, `fp16`), for a `pca`, and in any case (`all`).
+        needed: Files that it must list: for each precision, for a `pca`, for `int8`, and in any case (`all`).
 
     Raises:
         BundleError: There is none, or a field is absent, of another type, out of its range, or altered.
@@ -134,6 +135,7 @@ def read_fields(directory: Path, needed: Mapping[str, list[str]]) -> dict[str, A
         raise BundleError(f"{file} names files outside the bundle ({', '.join(unsafe)}); it will not be used.")
     wanted = [*needed["all"], *(name for each in manifest.precisions for name in needed[each])]
     wanted += needed["pca"] if manifest.pca is not None else []
+    wanted += needed["int8"] if manifest.int8 is not None else []
     if missing := [name for name in wanted if name not in manifest.files]:
         raise BundleError(f"{file} lists no {', '.join(missing)}. {again}")
     told = {"context_length": manifest.context_length, "image_size": manifest.image.size}

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from longclip_rt.choices import BACKENDS, PRECISIONS
+from longclip_rt.choices import BACKENDS, PRECISIONS, REFERENCES
 
 
 class _Several(click.ParamType[Any]):
@@ -38,25 +38,31 @@ class _Several(click.ParamType[Any]):
 
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
-_REFERENCES = ("open_clip", "torch.compile", "transformers", "plain-onnxruntime")
 
 
 @click.command()
 @click.option("--bundle", type=click.Path(path_type=Path), help="The model. Default: the newest bundle.")
-@click.option("--weights", metavar="W", help="These weights (such as random:ViT-B-16), exported for the run in fp32, "
-              "unverified; torch alone runs them as they are.")  # fmt: skip
-@click.option("--backend", "backends", type=_Several(("auto", *BACKENDS)), default="auto", show_default=True,
-              help="Backends to measure.")  # fmt: skip
+@click.option("--weights", metavar="W", help="Export these (such as random:ViT-B-16) for the run, unverified; for the "
+              "backend torch alone, take them as they are.")  # fmt: skip
+@click.option("--backend", "backends", type=_Several(("auto", "all", *BACKENDS)), default="auto",
+              show_default=True, help="Backends; all are those usable here, on a GPU if there is one.")  # fmt: skip
 @click.option("--precision", "precisions", type=_Several(("auto", *PRECISIONS)), default="auto", show_default=True,
               help="Precisions of each; auto is the fastest that it offers.")  # fmt: skip
-@click.option("--against", type=_Several(("reference", *_REFERENCES)), default=None,
+@click.option("--against", type=_Several(("reference", *REFERENCES)), default=None,
               help="Measure beside what one would use instead; reference is all four.")  # fmt: skip
 @click.option("--tower", "towers", type=_Several(("text", "image")), default="text,image", show_default=True,
               help="Encoders.")  # fmt: skip
 @click.option("--batch", "batches", type=_Several(), help="Rows in a batch. Default: 1,64 on a GPU, else 1,8.")
 @click.option("--tokens", "lengths", type=_Several(), default="20,77,248", show_default=True, help="Lengths of texts.")
-@click.option("--rounds", type=click.IntRange(1), default=4, show_default=True, help="Turns of each way in each case.")
-@click.option("--seconds", type=click.FloatRange(0, min_open=True), default=2.0, show_default=True,
+@click.option(
+    "--rounds",
+    metavar="N",
+    type=click.IntRange(2),
+    default=4,
+    show_default=True,
+    help="Turns of each way in each case.",
+)
+@click.option("--seconds", metavar="S", type=click.FloatRange(0, min_open=True), default=2.0, show_default=True,
               help="Of each way in each case, all rounds together, warm-up aside.")  # fmt: skip
 @click.option("--limit", type=click.FloatRange(0, min_open=True), default=None,
               help="Begin no further case after so many seconds.")  # fmt: skip
@@ -66,7 +72,7 @@ _REFERENCES = ("open_clip", "torch.compile", "transformers", "plain-onnxruntime"
 @click.option("--plot", "plot_path", type=_FILE, help="Draw there: .png, .svg or .pdf.")
 @click.option("--compare", "old_path", type=_FILE,
               help="Say what changed since the run of this JSON file; exit 1 on a regression.")  # fmt: skip
-@click.option("--bound", type=click.FloatRange(0), default=10.0, show_default=True,
+@click.option("--bound", metavar="P", type=click.FloatRange(0), default=10.0, show_default=True,
               help="Percent more time that make a regression, beyond the noise.")  # fmt: skip
 def bench(
     bundle: Path | None,
@@ -93,7 +99,7 @@ def bench(
     Examples:
       longclip-rt bench --quick
       longclip-rt bench --backend openvino,onnxruntime --precision fp32 --against reference
-      longclip-rt bench --weights random:ViT-B-16 --backend torch --precision fp16,fp32 --json card.json
+      longclip-rt bench --weights random:ViT-B-16 --backend all --precision fp16,fp32 --json card.json
     """
     from longclip_rt.bench.cases import BATCHES, cases
     from longclip_rt.bench.compare import changes, lines, load_results
@@ -114,8 +120,10 @@ def bench(
         if json_path is not None:
             write_text_atomically(json_path, json.dumps(results, indent=1) + "\n")
 
-    with model(bundle, weights, backends, say) as opened:
-        ways, on_gpu = ways_of(opened, backends, precisions, _REFERENCES if "reference" in (against or ()) else against)
+    # torch lowers the weights itself.
+    graphs = [] if set(backends) == {"torch"} else ["fp32", *(each for each in precisions if each == "fp16")]
+    with model(bundle, weights, graphs, say) as opened:
+        ways, on_gpu = ways_of(opened, backends, precisions, REFERENCES if "reference" in (against or ()) else against)
         chosen = cases(towers, batches or BATCHES[on_gpu], lengths, opened.architecture.context_length)
         rounds, seconds = (2, 0.2) if quick else (rounds, seconds)
         options = BenchOptions(ways, chosen, on_gpu, seconds, rounds, limit or math.inf)

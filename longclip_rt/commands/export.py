@@ -14,6 +14,7 @@ from longclip_rt.system.streams import told_at_best
 
 if TYPE_CHECKING:
     from longclip_rt.export.exporter import ParityReport
+    from longclip_rt.export.int8 import Int8Sample
     from longclip_rt.export.tensorrt.build import Builders
     from longclip_rt.parity.limits import Check
 
@@ -22,7 +23,7 @@ DEFAULT_WEIGHTS = "BeichenZhang/LongCLIP-B"
 
 
 _SECTIONS = {
-    "Bundle": ("weights", "out", "fp16", "outputs", "activation", "pca", "pca_mode"),
+    "Bundle": ("weights", "out", "fp16", "int8", "int8_sample", "outputs", "activation", "pca", "pca_mode"),
     "Engines": ("engine", "archs", "text_buckets", "batches", "optimization_level", "pca_in_engine"),
 }
 
@@ -37,6 +38,17 @@ _SECTIONS = {
 )
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder to make.  [default: in the cache]")
 @click.option("--fp16", is_flag=True, help="Add strongly typed half-precision graphs.")
+@click.option(
+    "--int8",
+    is_flag=True,
+    help="Add models in int8 for --precision int8, which is fast on CPUs and loses a little; never taken unasked.",
+)
+@click.option(
+    "--int8-sample",
+    metavar="FILES",
+    help="List, folder or glob of photographs and texts like yours, as `embed` takes it, to calibrate and judge int8 "
+    "on.  [default: what ships with the package]",
+)
 @click.option(
     "--output-name",
     "outputs",
@@ -69,6 +81,8 @@ def export(
     weights: str,
     out: Path | None,
     fp16: bool,
+    int8: bool,
+    int8_sample: str | None,
     outputs: tuple[str, ...],
     activation: Literal["quick_gelu", "gelu"] | None,
     pca: Path | None,
@@ -95,6 +109,7 @@ def export(
       longclip-rt export --weights open_clip:ViT-L-14/openai --output-name text:hidden_states.-2
       longclip-rt export --weights longclip-B.pt --fp16 --pca pca.safetensors
       longclip-rt export --fp16 --engine tensorrt-rtx --arch sm89 --text-buckets 77,248
+      longclip-rt export --weights longclip-B.pt --int8 --int8-sample photos/
       longclip-rt export --weights random:ViT-B-16        # untrained, to try things out
     """
     from longclip_rt.system.extras import require
@@ -108,7 +123,12 @@ def export(
     if pca_in_engine and engine == "tensorrt-rtx":
         raise ExportError("TensorRT-RTX takes no plug-ins from Python. Leave --pca-in-engine out, or --engine.")
     builders, why_none = _builders(engine, archs, fp16, given_flags())
-    options = ExportOptions(weights, out, fp16, outputs, activation, pca, pca_mode, pca_in_engine)
+    if int8_sample is not None and not int8:
+        raise ExportError("--int8-sample is for int8. Add --int8, or leave it out.")
+    sample = None if int8_sample is None else _sample_from(int8_sample)
+    options = ExportOptions(
+        weights, out, fp16, outputs, activation, pca, pca_mode, pca_in_engine, int8=int8, int8_sample=sample
+    )
     with tqdm(total=stages(options), bar_format="{l_bar}{bar:20}| {n}/{total} [{elapsed}] {desc}") as bar:
         started = False
 
@@ -166,6 +186,32 @@ def _builders(engine: str, archs: tuple[int, ...] | str, fp16: bool, given: list
         if engine != "auto" or archs:
             raise
         return None, str(error).removeprefix("No engine can be built. ")
+
+
+def _sample_from(files: str) -> Int8Sample:
+    """The photographs and texts that `embed` would take; those that cannot be opened are left out and told of."""
+    from longclip_rt.embedding.inputs.content import locate, read_text
+    from longclip_rt.embedding.inputs.sources import Inputs, sources_from_arguments
+    from longclip_rt.errors import ExportError, InputError
+    from longclip_rt.export.int8 import LEAST, Int8Sample
+
+    images, texts = [], []
+    for entry in Inputs(sources_from_arguments([files], texts=False, column=None), False, None).entries():
+        try:
+            if entry.error is not None:
+                raise InputError(entry.error)
+            if entry.kind == "text":
+                texts.append(read_text(entry))
+            else:
+                images.append(locate(entry))
+        except InputError as error:
+            click.echo(f"Left out of the int8 sample: {entry.id}: {error}", err=True)
+    if max(len(images), len(texts)) < LEAST:
+        raise ExportError(
+            f"{files} holds {len(images)} photographs and {len(texts)} texts. To calibrate int8, name {LEAST} of a "
+            "kind at least; some dozens are better."
+        )
+    return Int8Sample(files, tuple(images), tuple(texts))
 
 
 def _table(report: ParityReport) -> str:

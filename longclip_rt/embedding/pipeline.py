@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from longclip_rt.embedding.flow import EmbeddedShard, Flow, FlowOptions
 from longclip_rt.embedding.inputs.content import FilesDigest
@@ -22,7 +22,7 @@ from longclip_rt.embedding.inputs.sources import (
     sources_from_arguments,
     spool_streams,
 )
-from longclip_rt.embedding.resume import check_sidecar, fingerprint_of, take_up
+from longclip_rt.embedding.resume import check_neighbours, fingerprint_of, take_up
 from longclip_rt.embedding.tasks import Encoder
 from longclip_rt.embedding.workspace import Totals, Workspace
 from longclip_rt.errors import InputError, OutputError
@@ -292,7 +292,7 @@ def _embed(
             embedded += len(entries)
             yield number, entries
 
-    flow_options = FlowOptions(options.workers or _cores(), options.truncate, options.dtype, options.batch_size)
+    flow_options = FlowOptions(options.workers or usable_cores(), options.truncate, options.dtype, options.batch_size)
     flow = Flow(embedder, flow_options, progress.advance)
     with contextlib.closing(flow.run(missing())) as shards:
         for shard in shards:
@@ -303,7 +303,7 @@ def _embed(
         raise InputError("Files changed while they were being embedded. Run the command again: it embeds them anew.")
     metadata = {**state, "fingerprint": fingerprint_of(state)}
     totals = workspace.assemble(count, embedder.dim, options.dtype, metadata, options.index)
-    check_sidecar(workspace.files)  # another run may have ended since
+    check_neighbours(workspace.files, overwrite=options.overwrite)  # another run may have ended since
     workspace.publish()
     seconds = time.monotonic() - start
     rejects = _rejects_path(workspace.files, totals)
@@ -312,6 +312,12 @@ def _embed(
 
 def _commit(workspace: Workspace, shard: EmbeddedShard, inputs: str) -> None:
     """Writes the rows of a shard, without its rejects, and the rejects."""
+    table, totals, rejects = rows_from_shard(shard)
+    workspace.commit(shard.number, inputs, table, totals, rejects)
+
+
+def rows_from_shard(shard: EmbeddedShard) -> tuple[Any, Totals, list[dict[str, Any]]]:
+    """The Arrow table of a shard's rows, its counts, and its rejects, each a line of `<out>.rejects.jsonl`."""
     kept = [position for position in range(len(shard.entries)) if position not in shard.errors]
     kinds = [shard.entries[position].kind for position in kept]
     table = table_from_rows(
@@ -321,17 +327,17 @@ def _commit(workspace: Workspace, shard: EmbeddedShard, inputs: str) -> None:
         shard.tokens[kept],
         shard.truncated[kept],
     )
-    rejects = []
+    rejects: list[dict[str, Any]] = []
     for position in sorted(shard.errors):
         entry = shard.entries[position]
         source = {"source": entry.source} if entry.source else {}
         rejects.append({**source, "line": entry.line, "id": entry.id, "error": shard.errors[position]})
     truncated = int(shard.truncated[kept].sum())
     totals = Totals(len(shard.entries), kinds.count("image"), kinds.count("text"), truncated, len(rejects))
-    workspace.commit(shard.number, inputs, table, totals, rejects)
+    return table, totals, rejects
 
 
-def _cores() -> int:
+def usable_cores() -> int:
     """Cores that this process may use."""
     affinity: Callable[[int], set[int]] | None = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1

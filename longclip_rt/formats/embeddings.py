@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from longclip_rt.errors import OutputError
+from longclip_rt.errors import InputError, OutputError
+from longclip_rt.system.files import path_from_argument
 
 _MARK = "longclip_rt.fingerprint"
 
@@ -42,7 +43,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     Raises:
         OutputError: When the file is absent, damaged, or was not written by `longclip-rt embed`.
     """
-    path = Path(path)
+    path = _path(path)
     try:
         path.stat()  # Arrow's message on an absent file is long.
         if path.suffix == ".parquet":
@@ -72,8 +73,11 @@ def iter_embeddings(path: str | Path, chunk_rows: int = 8192) -> Iterator[Embedd
 
     Raises:
         OutputError: When the file is absent, damaged, or was not written by `longclip-rt embed`.
+        InputError: When `chunk_rows` is below 1.
     """
-    path = Path(path)
+    if chunk_rows < 1:
+        raise InputError(f"chunk_rows must be at least 1; got {chunk_rows}.")
+    path = _path(path)
     metadata = read_metadata(path)
     reader = _READERS[path.suffix]
     found = 0
@@ -115,6 +119,10 @@ def load_embeddings(path: str | Path) -> Embeddings:
         ids += chunk.ids
         kinds += chunk.kinds
     return Embeddings(ids, kinds, vectors, metadata)
+
+
+def _path(given: str | Path) -> Path:
+    return path_from_argument(given, "An embeddings file", OutputError)
 
 
 def _damage() -> tuple[type[Exception], ...]:
@@ -290,10 +298,10 @@ def _chunks_from_jsonl(path: Path, chunk_rows: int, dim: int, metadata: dict[str
     dtype = metadata["longclip_rt.dtype"]
 
     def chunk() -> tuple[list[str], list[str], np.ndarray]:
-        vectors = np.array([row["embedding"] for row in rows])
-        if vectors.dtype.kind not in "fi":  # numpy would read numbers from strings
+        vectors = [row["embedding"] for row in rows]
+        if any(not set(map(type, vector)) <= {float, int} for vector in vectors):  # numpy reads strings and `true` too
             raise ValueError("a row's vector does not hold numbers alone")
-        return [row["id"] for row in rows], [row["kind"] for row in rows], vectors.astype(dtype)
+        return [row["id"] for row in rows], [row["kind"] for row in rows], np.array(vectors, dtype)
 
     digest = hashlib.sha256()
     with path.open("rb") as lines:

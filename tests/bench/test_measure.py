@@ -21,6 +21,7 @@ from longclip_rt.bundle.bundle import load_bundle
 from longclip_rt.commands.bench import bench
 from longclip_rt.errors import BackendError
 from longclip_rt.model.tokenizer import pad_tokens
+from longclip_rt.opening import Availability
 
 TINY = Path(__file__).parent.parent.parent / "longclip_rt" / "assets" / "tiny"
 
@@ -148,16 +149,29 @@ def test_references_run_in_fp32_and_in_what_is_measured() -> None:
     assert setting.ways_of(load_bundle(TINY), ["onnxruntime"], ["auto", "fp32"], None)[0] == {"onnxruntime": ["fp32"]}
     with pytest.raises(BackendError, match="cannot be used"):
         setting.ways_of(load_bundle(TINY), ["tensorrt"], ["auto"], None)
-    with (
-        pytest.raises(BackendError, match="each name a model"),
-        setting.model(TINY, "random:ViT-B-16", ["torch"], print),
-    ):
+    with pytest.raises(BackendError, match="each name a model"), setting.model(TINY, "random:ViT-B-16", [], print):
         pass
+
+
+def test_all_are_the_usable_ones_of_one_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = load_bundle(TINY)
+    usable = {"torch", "openvino", "onnxruntime"}
+    monkeypatch.setattr(setting, "availability", lambda name: Availability(name, name in usable, ("fp32",)))
+    ways, on_gpu = setting.ways_of(bundle, ["all"], ["auto"], None)
+    assert (set(ways), on_gpu) == (usable, False)
+    assert list(setting.ways_of(bundle, ["auto"], ["auto"], None)[0]) == ["openvino"]
+    monkeypatch.setattr(setting, "runs_on_gpu", lambda name: name == "torch")
+    for names in (["all"], ["auto"]):
+        assert setting.ways_of(bundle, names, ["fp16"], ["open_clip"]) == (
+            {"torch": ["fp16"], "open_clip": ["fp32", "fp16"]}, True
+        )  # fmt: skip
+    with pytest.raises(BackendError, match="not measured together"):
+        setting.ways_of(bundle, ["torch", "openvino"], ["auto"], None)
 
 
 def test_weights_alone_are_run_by_torch_without_an_export(tiny_weights: Path) -> None:
     case = Case("text", 2, 20)
-    with setting.model(None, str(tiny_weights), ["torch"], print) as bundle:
+    with setting.model(None, str(tiny_weights), [], print) as bundle:
         ours, theirs = (opened(bundle, name, "fp32", on_gpu=False) for name in ("torch", "open_clip"))
         array = inputs_for(case, bundle).arrays[0]
         first, second = (each.run("text", pad_tokens(list(array), each.length(20))) for each in (ours, theirs))
@@ -250,4 +264,4 @@ def test_the_command_writes_what_it_measured(tmp_path: Path) -> None:
         "plain-onnxruntime",
     ]
     assert plot_path.stat().st_size > 10_000
-    assert "x as fast as plain-onnxruntime fp32" in run.output
+    assert "times as fast as" in run.output
