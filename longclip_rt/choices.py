@@ -78,7 +78,12 @@ SPECS = {
         ),
         # On a GPU faster than ONNX Runtime at every size tried (docs/gpu.md); `auto` does not take it on a CPU.
         BackendSpec(
-            "torch", "backends.torch:TorchBackend", ("torch", "open_clip"), "longclip-rt[export]", PRECISIONS, auto=2
+            "torch",
+            "backends.torch:TorchBackend",
+            ("torch", "open_clip"),
+            "longclip-rt[export]",
+            ("fp32", "bf16", "fp16"),
+            auto=2,
         ),
     )
 }

@@ -175,7 +175,8 @@ def _rates(
     child: Child, options: BenchOptions, seconds: float, known: Mapping[str, float], skipped: dict[str, str]
 ) -> dict[str, float]:
     """Measures the machine once more, and keeps the best of each rate: other programs may have had their share."""
-    precisions = sorted({"fp32", *(precision for each in options.ways.values() for precision in each)})
+    asked = {precision for each in options.ways.values() for precision in each}
+    precisions = sorted({"fp32", *asked} - {"int8"})  # of which PyTorch has no fast product to measure by
     try:
         found = child.ask("rates", precisions, seconds)
     except BackendError as error:
@@ -268,6 +269,8 @@ def _bound(results: Mapping[str, Any]) -> None:
     for case in results["cases"]:
         for row in case["rows"] if rates and case["cost"] else ():
             cost, precision = Cost(**case["cost"]), row["precision"]
+            if precision == "int8":
+                continue
             gemm = max(rates[f"gemm {precision}"], rates["gemm fp32"])  # without fast products, fp32 serves
             least = bound(cost.flops, cost.bytes(precision), gemm, rates["copy"])
             row |= {"bound": least, "reached": float(least["ms"]) / row["stages_ms"]["encoder"]}

@@ -147,6 +147,8 @@ def test_references_run_in_fp32_and_in_what_is_measured() -> None:
     ways, on_gpu = setting.ways_of(load_bundle(TINY), ["onnxruntime"], ["fp16"], ["open_clip"])
     assert (ways, on_gpu) == ({"onnxruntime": ["fp16"], "open_clip": ["fp32", "fp16"]}, False)
     assert setting.ways_of(load_bundle(TINY), ["onnxruntime"], ["auto", "fp32"], None)[0] == {"onnxruntime": ["fp32"]}
+    ways, _ = setting.ways_of(load_bundle(TINY), ["openvino"], ["int8"], ["open_clip"])
+    assert ways == {"openvino": ["int8"], "open_clip": ["fp32"]}
     with pytest.raises(BackendError, match="cannot be used"):
         setting.ways_of(load_bundle(TINY), ["tensorrt"], ["auto"], None)
     with pytest.raises(BackendError, match="each name a model"), setting.model(TINY, "random:ViT-B-16", [], print):
