@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from longclip_rt.backends.base import EMBEDDINGS, INPUT_NAMES
 from longclip_rt.backends.batching import padded_length
+from longclip_rt.backends.torch import TorchBackend, checkpoint_of
 from longclip_rt.bench.rates import dtype_of
 from longclip_rt.bundle.bundle import Bundle
 from longclip_rt.choices import REFERENCES
@@ -58,8 +59,12 @@ class Contender(ABC):
 class Ours(Contender):
     """A backend of this package, as `Embedder` calls it."""
 
-    def __init__(self, bundle: Bundle, backend: str, precision: str) -> None:
-        self._backend = open_backend(bundle, backend, precision)
+    def __init__(self, bundle: Bundle, backend: str, precision: str, on_gpu: bool) -> None:
+        if bundle.precisions:
+            self._backend = open_backend(bundle, backend, precision)
+        else:  # weights alone: there is nothing that vectors could be checked with
+            self._backend = TorchBackend(bundle, precision, 0 if on_gpu else None)
+            self._backend.prepare()
         self._context = bundle.architecture.context_length
         self.concurrency = self._backend.concurrency
         self.details = f"{self._backend.version} on {self._backend.device}"
@@ -151,7 +156,6 @@ class TorchReference(Reference):
 def _open_clip(torch: Any, bundle: Bundle) -> tuple[Any, dict[str, Any], str]:
     from importlib.metadata import version
 
-    from longclip_rt.backends.torch import checkpoint_of
     from longclip_rt.model.towers import open_clip_model
 
     arch = bundle.architecture
@@ -166,7 +170,6 @@ def _open_clip(torch: Any, bundle: Bundle) -> tuple[Any, dict[str, Any], str]:
 
 
 def _transformers(torch: Any, bundle: Bundle) -> tuple[Any, dict[str, Any], str]:
-    from longclip_rt.backends.torch import checkpoint_of
     from longclip_rt.weights.convert import huggingface_config
     from longclip_rt.weights.naming import huggingface_names
 
@@ -194,6 +197,8 @@ class PlainOnnxRuntime(Reference):
 
     def __init__(self, bundle: Bundle, precision: str, on_gpu: bool) -> None:
         super().__init__(bundle)
+        if not bundle.precisions:
+            raise BackendError("There are no graphs: these are weights without a bundle.")
         runtime: Any = require("onnxruntime", "gpu" if on_gpu else "cpu")
         provider = "CUDAExecutionProvider" if on_gpu else "CPUExecutionProvider"
         if provider not in runtime.get_available_providers():
@@ -218,7 +223,7 @@ def opened(bundle: Bundle, name: str, precision: str, on_gpu: bool) -> Contender
         MissingExtraError: A package is not installed.
     """
     if name not in REFERENCES:
-        return Ours(bundle, name, precision)
+        return Ours(bundle, name, precision, on_gpu)
     if name == "plain-onnxruntime":
         return PlainOnnxRuntime(bundle, precision, on_gpu)
     return TorchReference(bundle, name, precision, on_gpu)

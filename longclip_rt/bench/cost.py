@@ -34,11 +34,12 @@ class Cost:
         return self.weights * BYTES[precision] + 4 * self.activations
 
 
-def graph_cost(path: Path, rows: int, tokens: int | None = None) -> Cost:
+def graph_cost(path: Path, output: str, rows: int, tokens: int | None = None) -> Cost:
     """Counts one run of a graph.
 
     Args:
         path: The ONNX file of a tower.
+        output: The output that is asked for; what only others need is not counted.
         rows: The batch's size B.
         tokens: Length S of the texts [B, S]; None for images.
 
@@ -52,6 +53,8 @@ def graph_cost(path: Path, rows: int, tokens: int | None = None) -> Cost:
     for dim, size in zip(model.graph.input[0].type.tensor_type.shape.dim, sizes, strict=False):
         dim.Clear()
         dim.dim_value = size
+    nodes = _needed(model.graph, output)
+    used = {name for node in nodes for name in node.input}
     weights = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     for tensor in model.graph.initializer:  # shapes need small constants only, and copies of large ones take seconds
         if math.prod(tensor.dims) > 64:
@@ -63,19 +66,28 @@ def graph_cost(path: Path, rows: int, tokens: int | None = None) -> Cost:
         for value in (*inferred.input, *inferred.value_info, *inferred.output)
     } | weights
     flops, read = 0, 0
-    tables = {node.input[0]: node.output[0] for node in model.graph.node if node.op_type == "Gather"}
+    tables = {node.input[0]: node.output[0] for node in nodes if node.op_type == "Gather"}
     floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
     for tensor in model.graph.initializer:
         name, shape = tensor.name, weights[tensor.name]
-        if tensor.data_type not in floats or not shape:
-            continue  # what shapes are made of
+        if tensor.data_type not in floats or not shape or name not in used:
+            continue  # what shapes are made of, and other outputs
         taken = shapes.get(tables[name], shape) if name in tables else shape
         read += min(math.prod(shape), math.prod(taken))
-    for node in model.graph.node:
+    for node in nodes:
         if node.op_type in _PRODUCTS:
             flops += _flops(node, shapes, path)
-    ends = (*inferred.input, *inferred.output)
-    return Cost(flops, read, sum(math.prod(shapes[value.name]) for value in ends if value.name not in weights))
+    return Cost(flops, read, math.prod(shapes[model.graph.input[0].name]) + math.prod(shapes[output]))
+
+
+def _needed(graph: Any, output: str) -> list[Any]:
+    """The nodes that an output hangs on."""
+    wanted, found = {output}, []
+    for node in reversed(graph.node):  # which stand in the order of their running
+        if not wanted.isdisjoint(node.output):
+            found.append(node)
+            wanted.update(node.input)
+    return found
 
 
 def _flops(node: Any, shapes: dict[str, tuple[int, ...]], path: Path) -> int:

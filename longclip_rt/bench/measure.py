@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import datetime
 import logging
+import math
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from longclip_rt.backends.base import EMBEDDINGS
 from longclip_rt.bench.cases import Case
 from longclip_rt.bench.contenders import same_vectors
-from longclip_rt.bench.cost import graph_cost
+from longclip_rt.bench.cost import Cost, graph_cost
 from longclip_rt.bench.machine import description
+from longclip_rt.bench.roofline import tower_cost
 from longclip_rt.bench.summary import bound, ratios, summary
 from longclip_rt.bench.worker import Round, serve
 from longclip_rt.bundle.bundle import Bundle
@@ -24,7 +27,10 @@ from longclip_rt.errors import BackendError, MissingExtraError
 logger = logging.getLogger("longclip_rt")
 
 Say = Callable[[str], None]
+Keep = Callable[[dict[str, Any]], None]
 FORMAT = 1
+_RATES = "rates"
+_RATES_SECONDS = 0.1  # of each rate, after each case
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class BenchOptions:
         on_gpu: Whether the references, and the machine's own rates, are those of the GPU.
         seconds: Of every way in every case, all rounds together.
         rounds: Turns.
+        limit: Seconds after which no further case is begun.
     """
 
     ways: Mapping[str, Sequence[str]]
@@ -44,6 +51,7 @@ class BenchOptions:
     on_gpu: bool
     seconds: float = 2.0
     rounds: int = 4
+    limit: float = math.inf
 
 
 class Child:
@@ -53,7 +61,8 @@ class Child:
         context = multiprocessing.get_context("spawn")
         self.name = name
         self._connection, other = context.Pipe()
-        arguments = (other, str(bundle.path), name, on_gpu)
+        fresh = Bundle(bundle.path, bundle.manifest)  # without what this process has loaded of it
+        arguments = (other, fresh, name, on_gpu)
         self._process = context.Process(target=serve, args=arguments, daemon=False)
         self._process.start()
         other.close()
@@ -109,13 +118,16 @@ def children(bundle: Bundle, names: Sequence[str], on_gpu: bool) -> Iterator[dic
         yield found
 
 
-def run_bench(bundle: Bundle, options: BenchOptions, say: Say = lambda words: None) -> dict[str, Any]:
+def run_bench(
+    bundle: Bundle, options: BenchOptions, say: Say = lambda words: None, keep: Keep = lambda results: None
+) -> dict[str, Any]:
     """Measures every way in every case.
 
     Args:
         bundle: The model.
         options: What to measure.
         say: Told what is done next.
+        keep: Given the results so far after every case.
 
     Returns:
         Plain values, as the JSON file holds them.
@@ -123,45 +135,54 @@ def run_bench(bundle: Bundle, options: BenchOptions, say: Say = lambda words: No
     Raises:
         BackendError: None of the ways can be opened.
     """
-    skipped: dict[str, str] = {}
+    started = time.perf_counter()
     details: dict[str, Any] = {}
-    started, where = time.perf_counter(), description()
-    with children(bundle, list(options.ways), options.on_gpu) as processes:
-        rates = _rates(bundle, options, say, skipped)
+    skipped: dict[str, str] = {}
+    results: dict[str, Any] = {
+        "format": FORMAT,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seconds": 0.0,
+        "options": {"seconds": options.seconds, "rounds": options.rounds, "on_gpu": options.on_gpu},
+        "bundle": {"name": bundle.name, "sha256": bundle.sha256, "trained": bundle.trained,
+                   "weights": bundle.weights_sha256},
+        **description(),
+        "rates": {},
+        "ways": details,
+        "skipped": skipped,
+        "cases": [],
+    }  # fmt: skip
+    with children(bundle, [*options.ways, _RATES], options.on_gpu) as processes:
+        say("the machine's own rates")
+        results["rates"] = _rates(processes[_RATES], options, 3 * _RATES_SECONDS, {}, skipped)
         ways = _open(processes, options, say, details, skipped)
         if not any(name not in REFERENCES for name, _ in ways):
             reasons = ". ".join(f"{way}: {reason}" for way, reason in skipped.items())
             raise BackendError(f"No backend can be measured. {reasons}")
-        results = []
-        for case in options.cases:
-            say(case.label)
-            results.append(_case(bundle, case, processes, ways, options, rates, skipped))
-    return {
-        "format": FORMAT,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "seconds": round(time.perf_counter() - started, 1),
-        "options": {"seconds": options.seconds, "rounds": options.rounds, "on_gpu": options.on_gpu},
-        "bundle": {"name": bundle.name, "sha256": bundle.sha256, "trained": bundle.trained},
-        **where,
-        "rates": rates,
-        "ways": details,
-        "skipped": skipped,
-        "cases": results,
-    }
+        for number, case in enumerate(options.cases, 1):
+            if time.perf_counter() - started > options.limit:
+                skipped[case.label] = f"{options.limit:g} seconds were over"
+                continue
+            say(f"{case.label}, {number} of {len(options.cases)}")
+            results["cases"].append(_case(bundle, case, processes, ways, options, skipped))
+            results["rates"] = _rates(processes[_RATES], options, _RATES_SECONDS, results["rates"], skipped)
+            _bound(results)
+            results["seconds"] = round(time.perf_counter() - started, 1)
+            keep(results)
+    return results
 
 
-def _rates(bundle: Bundle, options: BenchOptions, say: Say, skipped: dict[str, str]) -> dict[str, float]:
-    """In a process that is gone before the contenders take turns."""
-    say("the machine's own rates")
+def _rates(
+    child: Child, options: BenchOptions, seconds: float, known: Mapping[str, float], skipped: dict[str, str]
+) -> dict[str, float]:
+    """Measures the machine once more, and keeps the best of each rate: other programs may have had their share."""
     asked = {precision for each in options.ways.values() for precision in each}
     precisions = sorted({"fp32", *asked} - {"int8"})  # of which PyTorch has no fast product to measure by
-    with children(bundle, ["rates"], options.on_gpu) as alone:
-        try:
-            found: dict[str, float] = alone["rates"].ask("rates", precisions)
-        except BackendError as error:
-            skipped["bounds"] = str(error)
-            return {}
-    return found
+    try:
+        found = child.ask("rates", precisions, seconds)
+    except BackendError as error:
+        skipped["bounds"] = str(error)
+        return {}
+    return {name: max(rate, known.get(name, 0.0)) for name, rate in found.items()}
 
 
 def _open(
@@ -185,7 +206,6 @@ def _case(
     processes: Mapping[str, Child],
     ways: Sequence[tuple[str, str]],
     options: BenchOptions,
-    rates: Mapping[str, float],
     skipped: dict[str, str],
 ) -> dict[str, Any]:
     ready: dict[tuple[str, str], dict[str, Any]] = {}
@@ -201,7 +221,6 @@ def _case(
     for (name, precision), row in rows.items():
         row |= {"way": name, "precision": precision, "reference": name in REFERENCES}
         row["tokens"] = ready[name, precision]["tokens"]
-        row |= _bounds(bundle, case, row, rates, skipped)
     for (name, _), row in rows.items():
         if name not in REFERENCES:
             row["ratios"] = {
@@ -209,7 +228,13 @@ def _case(
                 for (way, precision), other in rows.items()
                 if way in REFERENCES
             }
-    return {**case.to_dict(), "label": case.label, "agreement": _agreement(ready), "rows": list(rows.values())}
+    return {
+        **case.to_dict(),
+        "label": case.label,
+        "cost": _cost(bundle, case, skipped),
+        "agreement": _agreement(ready),
+        "rows": list(rows.values()),
+    }
 
 
 def interleaved(
@@ -217,33 +242,38 @@ def interleaved(
 ) -> dict[tuple[str, str], list[Round]]:
     """Lets each way have its turn, round after round: A B A B, while all others wait. One that fails is left out."""
     found: dict[tuple[str, str], list[Round]] = {way: [] for way in ways}
-    for _ in range(rounds):
+    for number in range(rounds):
         for name, precision in list(found):
             try:
-                found[name, precision].append(processes[name].ask("round", precision, seconds))
+                found[name, precision].append(processes[name].ask("round", precision, seconds, number == 0))
             except BackendError as error:
                 logger.warning("%s in %s failed: %s", name, precision, error)
                 del found[name, precision]
     return found
 
 
-def _bounds(
-    bundle: Bundle, case: Case, row: Mapping[str, Any], rates: Mapping[str, float], skipped: dict[str, str]
-) -> dict[str, Any]:
-    """What the tower costs for the tokens that the texts have, whatever a way makes of them."""
-    if not rates or row["precision"] == "int8":
-        return {}
+def _cost(bundle: Bundle, case: Case, skipped: dict[str, str]) -> dict[str, int] | None:
+    """Of the tokens that the texts have, whatever a way makes of them; by formula where there is no graph."""
+    if not bundle.precisions:
+        return asdict(tower_cost(bundle.architecture, case.tower, case.batch, case.tokens))
     try:
-        cost = graph_cost(bundle.onnx(case.tower, "fp32"), case.batch, case.tokens)
+        return asdict(graph_cost(bundle.onnx(case.tower, "fp32"), EMBEDDINGS[case.tower], case.batch, case.tokens))
     except (BackendError, MissingExtraError) as error:
         skipped["bounds"] = str(error)
-        return {}
-    precision = row["precision"]
-    moved = cost.bytes(precision)
-    # What has no fast products of its own can be computed in fp32.
-    least = bound(cost.flops, moved, max(rates[f"gemm {precision}"], rates["gemm fp32"]), rates["copy"])
-    taken = row["stages_ms"]["encoder"]
-    return {"flops": cost.flops, "bytes": moved, "bound": least, "reached": float(least["ms"]) / taken}
+        return None
+
+
+def _bound(results: Mapping[str, Any]) -> None:
+    """Sets beside each figure what the rates allow."""
+    rates = results["rates"]
+    for case in results["cases"]:
+        for row in case["rows"] if rates and case["cost"] else ():
+            cost, precision = Cost(**case["cost"]), row["precision"]
+            if precision == "int8":
+                continue
+            gemm = max(rates[f"gemm {precision}"], rates["gemm fp32"])  # without fast products, fp32 serves
+            least = bound(cost.flops, cost.bytes(precision), gemm, rates["copy"])
+            row |= {"bound": least, "reached": float(least["ms"]) / row["stages_ms"]["encoder"]}
 
 
 def _agreement(ready: Mapping[tuple[str, str], Mapping[str, Any]]) -> float | None:

@@ -14,7 +14,7 @@ _SIZE = {"cuda": 8192, "cpu": 1024}
 _COPIED = {"cuda": 1 << 30, "cpu": 256 << 20}
 
 
-def machine_rates(precisions: list[str], on_gpu: bool, seconds: float = 0.3) -> dict[str, float]:
+def machine_rates(precisions: list[str], on_gpu: bool, seconds: float) -> dict[str, float]:
     """The best of several runs each.
 
     Args:
@@ -30,6 +30,13 @@ def machine_rates(precisions: list[str], on_gpu: bool, seconds: float = 0.3) -> 
         MissingExtraError: PyTorch is not installed.
     """
     torch: Any = require("torch", "bench")
+    rates = _rates(torch, precisions, on_gpu, seconds)
+    if on_gpu:
+        torch.cuda.empty_cache()  # gigabytes, which the others may need
+    return rates
+
+
+def _rates(torch: Any, precisions: list[str], on_gpu: bool, seconds: float) -> dict[str, float]:
     device = "cuda" if on_gpu else "cpu"
     wait = torch.cuda.synchronize if on_gpu else lambda: None
     torch.backends.cuda.matmul.allow_tf32 = False

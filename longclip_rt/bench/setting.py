@@ -7,23 +7,28 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from longclip_rt.bundle.bundle import Bundle, default_bundle, load_bundle
+from longclip_rt.backends.base import EMBEDDINGS
+from longclip_rt.bundle.bundle import TOKENIZER, Bundle, default_bundle, load_bundle
 from longclip_rt.errors import BackendError
 from longclip_rt.opening import AUTO_ORDER, availability, runs_on_gpu
 
 
 @contextmanager
-def model(path: Path | None, weights: str | None, fp16: bool, say: Callable[[str], None]) -> Iterator[Bundle]:
+def model(
+    path: Path | None, weights: str | None, graphs: Sequence[str], say: Callable[[str], None]
+) -> Iterator[Bundle]:
     """A bundle: the one at `path`, one made of weights for as long as the block runs, or the newest.
 
     Args:
         path: A bundle's directory, or None.
         weights: Anything `load_checkpoint` takes, or None.
-        fp16: Whether to make half-precision graphs of the weights too.
+        graphs: Precisions to export the weights in; none for `torch` alone, which takes them as they are.
         say: Told what is done next.
 
     Raises:
         BackendError: Both name a model.
+        BundleError: There is no bundle, or it is damaged.
+        WeightsError: The weights cannot be used.
     """
     if path is not None and weights is not None:
         raise BackendError("--bundle and --weights each name a model. Give one of them.")
@@ -33,8 +38,33 @@ def model(path: Path | None, weights: str | None, fp16: bool, say: Callable[[str
     from longclip_rt.export.exporter import ExportOptions, export_bundle
 
     with tempfile.TemporaryDirectory(prefix="longclip-rt-bench-") as folder:
-        options = ExportOptions(weights, Path(folder) / "bundle", fp16, verify=False)
+        if not graphs:
+            say(f"reading {weights}")
+            yield _without_graphs(weights, Path(folder))
+            return
+        options = ExportOptions(weights, Path(folder) / "bundle", "fp16" in graphs, verify=False)
         yield export_bundle(options, say)[0]
+
+
+def _without_graphs(weights: str, folder: Path) -> Bundle:
+    from longclip_rt.model.vocabulary import tokenizer_json
+    from longclip_rt.weights.checkpoint import load_checkpoint
+
+    checkpoint = load_checkpoint(weights)
+    arch = checkpoint.architecture
+    activation = "quick_gelu" if arch.quick_gelu else "gelu"
+    (folder / TOKENIZER).write_text(tokenizer_json(arch.context_length, arch.vocab_size), encoding="utf-8")
+    manifest = {
+        "name": arch.name,
+        "trained": checkpoint.trained,
+        "architecture": arch.to_dict(),
+        "image": {"size": arch.image_size, "mean": checkpoint.image_mean, "std": checkpoint.image_std},
+        "outputs": {tower: [name] for tower, name in EMBEDDINGS.items()},
+        "precisions": [],
+        "source": {"weights": weights, "sha256": checkpoint.sha256, "activation": activation},
+        "files": {},
+    }
+    return Bundle(folder, manifest)
 
 
 def ways_of(

@@ -18,12 +18,11 @@ import numpy as np
 from longclip_rt.bench.cases import Case, Inputs, inputs_for
 from longclip_rt.bench.contenders import Contender, opened
 from longclip_rt.bench.rates import machine_rates
-from longclip_rt.bundle.bundle import Bundle, load_bundle
+from longclip_rt.bundle.bundle import Bundle
 from longclip_rt.errors import BackendError, LongClipError
 from longclip_rt.model.tokenizer import pad_tokens
 
 _WARM_UP = 2
-_AT_LEAST = 2
 
 
 @dataclass
@@ -41,14 +40,14 @@ class Round:
     per_second: float = 0.0
 
 
-def serve(connection: Connection, bundle_path: str, name: str, on_gpu: bool) -> None:
+def serve(connection: Connection, bundle: Bundle, name: str, on_gpu: bool) -> None:
     """Answers requests until the other end closes; the main function of a process.
 
     Each request is `(method, arguments)` and each answer `(True, result)`, or `(False, message)` after an error.
     """
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
     with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
-        worker = Worker(bundle_path, name, on_gpu)
+        worker = Worker(bundle, name, on_gpu)
         while True:
             method, arguments = connection.recv()
             answer: tuple[bool, Any]
@@ -64,9 +63,8 @@ def serve(connection: Connection, bundle_path: str, name: str, on_gpu: bool) -> 
 class Worker:
     """Holds a contender in some precisions and the inputs of one case."""
 
-    def __init__(self, bundle_path: str, name: str, on_gpu: bool) -> None:
-        self._bundle: Bundle = load_bundle(bundle_path)
-        self._name, self._on_gpu = name, on_gpu
+    def __init__(self, bundle: Bundle, name: str, on_gpu: bool) -> None:
+        self._bundle, self._name, self._on_gpu = bundle, name, on_gpu
         self._contenders: dict[str, Contender] = {}
         self._case: Case | None = None
         self._inputs: Inputs | None = None
@@ -78,9 +76,9 @@ class Worker:
         self._contenders[precision] = contender
         return {"details": contender.details, "not apart": contender.whole}
 
-    def rates(self, precisions: list[str]) -> dict[str, float]:
+    def rates(self, precisions: list[str], seconds: float) -> dict[str, float]:
         """What the machine can do."""
-        return machine_rates(precisions, self._on_gpu)
+        return machine_rates(precisions, self._on_gpu, seconds)
 
     def prepare(self, case: Case, precision: str) -> dict[str, Any]:
         """Makes the inputs of a case and runs it until it is warm; its length, and the first batch's vectors."""
@@ -96,25 +94,29 @@ class Worker:
         contender.parts(case.tower, given)
         return {"tokens": given.shape[1] if case.tower == "text" else None, "vectors": vectors}
 
-    def round(self, precision: str, seconds: float) -> Round:
-        """One turn on the prepared case, of about so many seconds."""
+    def round(self, precision: str, seconds: float, first: bool = True) -> Round:
+        """One turn on the prepared case, of about so many seconds.
+
+        Where one call takes longer, a turn is one call, and only the `first` turn has stages too.
+        """
         assert self._case is not None and self._inputs is not None
         case, raw, contender = self._case, self._inputs.raw, self._contenders[precision]
         arrays = [self._given(contender, array) for array in self._inputs.arrays]
         found = Round()
-        for index in self._turns(0.5 * seconds):
+        for index in self._turns(0.5 * seconds, at_least=1):
             array = arrays[index % len(arrays)]
             started = time.perf_counter()
             contender.run(case.tower, array)
             found.calls.append(time.perf_counter() - started)
-        for index in self._turns(0.15 * seconds, at_least=1):
+        once = 1 if first or found.calls[0] <= seconds else 0
+        for index in self._turns(0.15 * seconds, once):
             for stage, taken in contender.parts(case.tower, arrays[index % len(arrays)]).items():
                 found.stages[stage].append(taken)
-        first = "decode" if case.tower == "image" else "tokenize"
-        for index in self._turns(0.15 * seconds, at_least=1):
+        before = "decode" if case.tower == "image" else "tokenize"
+        for index in self._turns(0.15 * seconds, once):
             started = time.perf_counter()
             array = self._from_raw(contender, raw[index % len(raw)])
-            found.stages[first].append(time.perf_counter() - started)
+            found.stages[before].append(time.perf_counter() - started)
             contender.run(case.tower, array)
             found.stages["end to end"].append(time.perf_counter() - started)
         found.per_second = case.batch * self._many(contender, case.tower, arrays, 0.2 * seconds, found.calls)
@@ -131,11 +133,11 @@ class Worker:
             list(pool.map(lambda array: contender.run(tower, array), given))
             return count / (time.perf_counter() - started)
 
-    def _turns(self, seconds: float, at_least: int = _AT_LEAST) -> Iterator[int]:
-        """Numbers that go on from turn to turn, so that inputs rotate, until the time is up."""
+    def _turns(self, seconds: float, at_least: int) -> Iterator[int]:
+        """Numbers that go on from turn to turn, so that inputs rotate, until the time is up; none for `at_least` 0."""
         end = time.perf_counter() + seconds
         done = 0
-        while done < at_least or time.perf_counter() < end:
+        while done < at_least or (at_least and time.perf_counter() < end):
             yield self._turn
             self._turn += 1
             done += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +42,8 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 
 @click.command()
 @click.option("--bundle", type=click.Path(path_type=Path), help="The model. Default: the newest bundle.")
-@click.option("--weights", metavar="W", help="Export these (such as random:ViT-B-16) for the run, unverified.")
+@click.option("--weights", metavar="W", help="Export these (such as random:ViT-B-16) for the run, unverified; for the "
+              "backend torch alone, take them as they are.")  # fmt: skip
 @click.option("--backend", "backends", type=_Several(("auto", "all", *BACKENDS)), default="auto",
               show_default=True, help="Backends; all are those usable here, on a GPU if there is one.")  # fmt: skip
 @click.option("--precision", "precisions", type=_Several(("auto", *PRECISIONS)), default="auto", show_default=True,
@@ -62,8 +64,10 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 )
 @click.option("--seconds", metavar="S", type=click.FloatRange(0, min_open=True), default=2.0, show_default=True,
               help="Of each way in each case, all rounds together, warm-up aside.")  # fmt: skip
+@click.option("--limit", type=click.FloatRange(0, min_open=True), default=None,
+              help="Begin no further case after so many seconds.")  # fmt: skip
 @click.option("--quick", is_flag=True, help="2 rounds of 0.1 seconds.")
-@click.option("--json", "json_path", type=_FILE, help="Write everything there.")
+@click.option("--json", "json_path", type=_FILE, help="Write everything there, after each case.")
 @click.option("--csv", "csv_path", type=_FILE, help="Write the table there.")
 @click.option("--plot", "plot_path", type=_FILE, help="Draw there: .png, .svg or .pdf.")
 @click.option("--compare", "old_path", type=_FILE,
@@ -81,6 +85,7 @@ def bench(
     lengths: tuple[int, ...],
     rounds: int,
     seconds: float,
+    limit: float | None,
     quick: bool,
     json_path: Path | None,
     csv_path: Path | None,
@@ -111,15 +116,20 @@ def bench(
     def say(words: str) -> None:
         click.echo(words, err=True)
 
-    fp16 = "fp16" in precisions and any(name != "torch" for name in backends)  # which lowers the fp32 weights itself
-    with model(bundle, weights, fp16, say) as opened:
+    def keep(results: dict[str, Any]) -> None:
+        if json_path is not None:
+            write_text_atomically(json_path, json.dumps(results, indent=1) + "\n")
+
+    # torch lowers the weights itself.
+    graphs = [] if set(backends) == {"torch"} else ["fp32", *(each for each in precisions if each == "fp16")]
+    with model(bundle, weights, graphs, say) as opened:
         ways, on_gpu = ways_of(opened, backends, precisions, REFERENCES if "reference" in (against or ()) else against)
         chosen = cases(towers, batches or BATCHES[on_gpu], lengths, opened.architecture.context_length)
         rounds, seconds = (2, 0.2) if quick else (rounds, seconds)
-        results = run_bench(opened, BenchOptions(ways, chosen, on_gpu, seconds, rounds), say)
+        options = BenchOptions(ways, chosen, on_gpu, seconds, rounds, limit or math.inf)
+        results = run_bench(opened, options, say, keep)
     click.echo("\n".join(table(results)))
-    if json_path is not None:
-        write_text_atomically(json_path, json.dumps(results, indent=1) + "\n")
+    keep(results)
     if csv_path is not None:
         write_text_atomically(csv_path, csv_text(results, " ".join(["longclip-rt", *sys.argv[1:]])))
     if plot_path is not None:

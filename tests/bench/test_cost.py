@@ -23,7 +23,7 @@ TINY = ROOT / "longclip_rt" / "assets" / "tiny"
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_the_graph_costs_what_the_formula_says(tower: str, rows: int, tokens: int | None, precision: str) -> None:
     bundle = load_bundle(TINY)
-    counted = graph_cost(bundle.onnx(tower, precision), rows, tokens)
+    counted = graph_cost(bundle.onnx(tower, precision), f"{tower}_embeds", rows, tokens)
     assert counted == tower_cost(bundle.architecture, tower, rows, tokens)
 
 
@@ -52,25 +52,31 @@ def test_products_counted_by_hand(tmp_path: Path) -> None:
     nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("MatMul", ["h", "v"], ["out"])]
     path = saved(tmp_path / "a.onnx", nodes, {"x": ["batch", "length", 8]}, {"w": [8, 16], "v": [16, 2]})
     # 3 rows of 5 tokens: 15 x 8 x 16 and 15 x 16 x 2 multiplications; 30 numbers come out of 120.
-    assert graph_cost(path, 3, 5) == Cost(2 * 15 * (8 * 16 + 16 * 2), 8 * 16 + 16 * 2, 120 + 30)
+    assert graph_cost(path, "out", 3, 5) == Cost(2 * 15 * (8 * 16 + 16 * 2), 8 * 16 + 16 * 2, 120 + 30)
+
+
+def test_what_only_other_outputs_need_is_not_counted(tmp_path: Path) -> None:
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["out"]), helper.make_node("MatMul", ["x", "v"], ["other"])]
+    path = saved(tmp_path / "a.onnx", nodes, {"x": ["batch", 8]}, {"w": [8, 16], "v": [8, 32]})
+    assert graph_cost(path, "out", 3) == Cost(2 * 3 * 8 * 16, 8 * 16, 3 * (8 + 16))
 
 
 def test_a_convolution_and_attention_counted_by_hand(tmp_path: Path) -> None:
     conv = [helper.make_node("Conv", ["x", "w"], ["out"], strides=[4, 4])]
     path = saved(tmp_path / "conv.onnx", conv, {"x": ["batch", 3, 8, 8]}, {"w": [10, 3, 4, 4]})
-    assert graph_cost(path, 2).flops == 2 * (2 * 10 * 2 * 2) * (3 * 4 * 4)
+    assert graph_cost(path, "out", 2).flops == 2 * (2 * 10 * 2 * 2) * (3 * 4 * 4)
     attention = [helper.make_node("Attention", ["q", "k", "v"], ["out"])]
     path = saved(
         tmp_path / "attention.onnx", attention, {"q": ["b", 2, 5, 8], "k": [3, 2, 7, 8], "v": [3, 2, 7, 4]}, {}
     )
-    assert graph_cost(path, 3).flops == 2 * 3 * 2 * 5 * 7 * 8 + 2 * 3 * 2 * 5 * 7 * 4
+    assert graph_cost(path, "out", 3).flops == 2 * 3 * 2 * 5 * 7 * 8 + 2 * 3 * 2 * 5 * 7 * 4
 
 
 def test_an_unknown_shape_is_an_error(tmp_path: Path) -> None:
     nodes = [helper.make_node("MatMul", ["x", "y"], ["out"])]
     path = saved(tmp_path / "a.onnx", nodes, {"x": ["batch", 4, 8], "y": ["batch", 8, "unknown"]}, {})
     with pytest.raises(BackendError, match="shape of out is not known"):
-        graph_cost(path, 3)
+        graph_cost(path, "out", 3)
 
 
 def test_bytes_are_of_the_precision() -> None:

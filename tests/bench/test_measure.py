@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -11,7 +13,9 @@ from click.testing import CliRunner
 from longclip_rt.bench import measure, setting, worker
 from longclip_rt.bench.cases import Case, cases, inputs_for
 from longclip_rt.bench.contenders import Contender, opened, same_vectors
+from longclip_rt.bench.cost import graph_cost
 from longclip_rt.bench.measure import BenchOptions, interleaved, run_bench
+from longclip_rt.bench.roofline import tower_cost
 from longclip_rt.bench.worker import Round, Worker
 from longclip_rt.bundle.bundle import load_bundle
 from longclip_rt.commands.bench import bench
@@ -97,16 +101,17 @@ class FakeContender(Contender):
 def test_a_turn_measures_calls_stages_and_rate(concurrency: int, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     contender = FakeContender(concurrency)
     monkeypatch.setattr(worker, "opened", lambda bundle, name, precision, on_gpu: contender)
-    found = Worker(str(TINY), "fake", on_gpu=False)
+    found = Worker(load_bundle(TINY), "fake", on_gpu=False)
     assert found.open("fp32") == {"details": "fake", "not apart": "all is one"}
     ready = found.prepare(case, "fp32")
     assert ready["tokens"] == (32 if case.tower == "text" else None)
     contender.seen.clear()
     measured = found.round("fp32", 1e-6)
-    assert len(measured.calls) == 2
+    assert len(measured.calls) == 1
     assert set(measured.stages) == {"encoder", "end to end", "tokenize" if case.tower == "text" else "decode"}
     assert measured.per_second > 0
     assert len({array.tobytes() for array in contender.seen[:2]}) == 2
+    assert not found.round("fp32", 0.0, first=False).stages  # one call takes longer than the turn
     assert all(np.shape(array)[0] == 2 for array in contender.seen)
 
 
@@ -114,7 +119,7 @@ def test_vectors_that_are_no_numbers_are_no_result(monkeypatch: pytest.MonkeyPat
     contender = FakeContender(1)
     monkeypatch.setattr(contender, "run", lambda tower, inputs: np.full((1, 4), np.nan))
     monkeypatch.setattr(worker, "opened", lambda *given: contender)
-    found = Worker(str(TINY), "fake", on_gpu=False)
+    found = Worker(load_bundle(TINY), "fake", on_gpu=False)
     found.open("fp32")
     with pytest.raises(BackendError, match="not finite"):
         found.prepare(Case("text", 1, 20), "fp32")
@@ -146,7 +151,7 @@ def test_references_run_in_fp32_and_in_what_is_measured() -> None:
     assert ways == {"openvino": ["int8"], "open_clip": ["fp32"]}
     with pytest.raises(BackendError, match="cannot be used"):
         setting.ways_of(load_bundle(TINY), ["tensorrt"], ["auto"], None)
-    with pytest.raises(BackendError, match="each name a model"), setting.model(TINY, "random:ViT-B-16", False, print):
+    with pytest.raises(BackendError, match="each name a model"), setting.model(TINY, "random:ViT-B-16", [], print):
         pass
 
 
@@ -164,6 +169,67 @@ def test_all_are_the_usable_ones_of_one_kind(monkeypatch: pytest.MonkeyPatch) ->
         )  # fmt: skip
     with pytest.raises(BackendError, match="not measured together"):
         setting.ways_of(bundle, ["torch", "openvino"], ["auto"], None)
+
+
+def test_weights_alone_are_run_by_torch_without_an_export(tiny_weights: Path) -> None:
+    case = Case("text", 2, 20)
+    with setting.model(None, str(tiny_weights), [], print) as bundle:
+        ours, theirs = (opened(bundle, name, "fp32", on_gpu=False) for name in ("torch", "open_clip"))
+        array = inputs_for(case, bundle).arrays[0]
+        first, second = (each.run("text", pad_tokens(list(array), each.length(20))) for each in (ours, theirs))
+        assert same_vectors(first, second) == pytest.approx(1, abs=1e-5)
+        with pytest.raises(BackendError, match="no graphs"):
+            opened(bundle, "plain-onnxruntime", "fp32", on_gpu=False)
+        cost = measure._cost(bundle, case, {})
+        assert cost == asdict(tower_cost(bundle.architecture, "text", 2, 20))
+
+
+class FakeRates:
+    def __init__(self, *found: dict[str, float]) -> None:
+        self.found = list(found)
+
+    def ask(self, method: str, precisions: list[str], seconds: float) -> dict[str, float]:
+        assert (method, precisions) == ("rates", ["bf16", "fp32"])
+        if not self.found:
+            raise BackendError("gone")
+        return self.found.pop(0)
+
+
+def test_of_the_machines_rates_the_best_is_kept() -> None:
+    options = BenchOptions({"torch": ["fp32"], "openvino": ["fp32", "bf16"]}, [], on_gpu=False)
+    child: Any = FakeRates({"gemm fp32": 3.0, "copy": 1.0}, {"gemm fp32": 2.0, "copy": 5.0})
+    skipped: dict[str, str] = {}
+    first = measure._rates(child, options, 0.1, {}, skipped)
+    assert measure._rates(child, options, 0.1, first, skipped) == {"gemm fp32": 3.0, "copy": 5.0}
+    assert measure._rates(child, options, 0.1, first, skipped) == {} and skipped == {"bounds": "gone"}
+
+
+class FakeProcess:
+    answers: ClassVar[dict[str, Any]] = {
+        "rates": {"gemm fp32": 1e9, "copy": 1e9},
+        "open": {"details": "", "not apart": ""},
+        "prepare": {"tokens": 16, "vectors": np.ones((1, 4))},
+        "round": Round([1.0], {"encoder": [1.0]}, 1.0),
+    }
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        return self.answers[method]
+
+
+def test_results_are_kept_after_each_case_and_none_is_begun_after_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        measure, "children", lambda bundle, names, on_gpu: nullcontext({name: FakeProcess() for name in names})
+    )
+    kept: list[list[float]] = []
+    all_cases = [Case("text", 1, 9), Case("text", 2, 9)]
+    options = BenchOptions({"onnxruntime": ["fp32"]}, all_cases, on_gpu=False, rounds=1)
+    bundle = load_bundle(TINY)
+    run_bench(bundle, options, keep=lambda results: kept.append([c["rows"][0]["reached"] for c in results["cases"]]))
+    cost = graph_cost(bundle.onnx("text", "fp32"), "text_embeds", 1, 9)
+    least = max(cost.flops, cost.bytes("fp32")) / 1e9
+    assert [len(each) for each in kept] == [1, 2] and kept[0] == kept[1][:1] == [pytest.approx(least)]
+    found = run_bench(bundle, replace(options, limit=0.0))
+    assert found["cases"] == [] and set(found["skipped"]) == {case.label for case in all_cases}
 
 
 def test_nothing_to_measure_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,7 +114,7 @@ def test_compare_exits_1_on_a_regression(
     now: float, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "old.json").write_text(json.dumps(results(2.0)))
-    monkeypatch.setattr(measure, "run_bench", lambda bundle, options, say: results(now))
+    monkeypatch.setattr(measure, "run_bench", lambda *given: results(now))
     given = ["--bundle", str(TINY), "--backend", "onnxruntime", "--compare", str(tmp_path / "old.json")]
     run = CliRunner().invoke(bench, given)
     assert run.exit_code == status, run.output
