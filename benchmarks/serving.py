@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import atexit
 import random
 import re
 import statistics
@@ -36,31 +37,10 @@ from common import median_ratio, rates_in_turns, save_table
 from longclip_rt import Embedder
 from longclip_rt.bundle.samples import example_photos
 
-WORDS = [
-    "a",
-    "red",
-    "cup",
-    "on",
-    "the",
-    "wooden",
-    "table",
-    "beside",
-    "window",
-    "with",
-    "two",
-    "small",
-    "birds",
-    "and",
-    "long",
-    "shadow",
-    "of",
-    "tree",
-    "in",
-    "morning",
-    "light",
-]
+WORDS = ("red", "cup", "wooden table", "two small birds", "long shadow of a tree", "beside the window", "in the light")
 RAW = {"Accept": "application/octet-stream"}
 CLIENTS = 32
+_WAIT = '{kind="text",stage="wait"}'
 Ask = Callable[[httpx.AsyncClient], Awaitable[None]]
 
 
@@ -79,6 +59,7 @@ class Running:
         assert self.process.stderr is not None
         found = next(filter(None, (re.search(r"http://\S+", line) for line in self.process.stderr)))
         self.url = found[0]
+        atexit.register(self.process.kill)
         while httpx.get(f"{self.url}/ready").status_code != 200:
             time.sleep(0.1)
 
@@ -86,6 +67,13 @@ class Running:
         """Its resident memory in MiB."""
         status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii")
         return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
+
+    def waited(self) -> tuple[float, float]:
+        """Seconds that texts waited for their batch so far, and how many texts."""
+        page = httpx.get(f"{self.url}/metrics").text.splitlines()
+        starts = (f"longclip_stage_seconds_{what}{_WAIT}" for what in ("sum", "count"))
+        total, count = (float(next(line.split()[1] for line in page if line.startswith(start))) for start in starts)
+        return total, count
 
     def stop(self) -> None:
         """Ends it as a service manager does."""
@@ -213,7 +201,11 @@ def main() -> None:
     note("answers", "largest difference of a number", f"{checked.worst:.2g}")
 
     lone = Checked(given.bound)
+    before = server.waited()
     at_once(server.url, [lone.ask(text_vectors[:1], json={"input": lines[0]})] * 200, 1)
+    after = server.waited()
+    waited = (after[0] - before[0]) / (after[1] - before[1])
+    note("lone", "wait for the batch, ms, mean (bound 5)", f"{1000 * waited:.2f}")
     alone = []
     ids = embedder.tokenizer.encode([lines[0]])[0].ids[None]
     for _ in range(200):
@@ -245,7 +237,7 @@ def main() -> None:
         over.ask(text_vectors[part], json={"input": [lines[at] for at in part]}) for part in parts_of(len(lines), 4)
     ]
     at_once(server.url, flood[:50], 8)
-    before = server.mib()
+    at_first = server.mib()
     over = Checked(given.bound)
     flood = [
         over.ask(text_vectors[part], json={"input": [lines[at] for at in part]}) for part in parts_of(len(lines), 4)
@@ -253,13 +245,13 @@ def main() -> None:
     at_once(server.url, flood * 10, 640)
     note("overload", "right, wrong, refused", f"{over.right}, {over.wrong}, {over.refused}")
     note("overload", "let in, ms, p50 and p99", f"{percentile(over.seconds, 0.5)}, {percentile(over.seconds, 0.99)}")
-    note("overload", "memory before and after, MiB", f"{before:.0f}, {server.mib():.0f}")
+    note("overload", "memory before and after, MiB", f"{at_first:.0f}, {server.mib():.0f}")
     server.stop()
 
     server = Running(given.bundle)
     soaked = Checked(given.bound)
     at_once(server.url, asks("texts")[:40], 8)
-    before = server.mib()
+    at_first = server.mib()
     until = time.monotonic() + given.soak
     mixed = [
         *(
@@ -287,7 +279,7 @@ def main() -> None:
     note("soak", "seconds", f"{given.soak:g}")
     note("soak", "right, wrong, refused, hung up", f"{soaked.right}, {soaked.wrong}, {soaked.refused}, {gone}")
     note("soak", "ms, p50 and p99", f"{percentile(soaked.seconds, 0.5)}, {percentile(soaked.seconds, 0.99)}")
-    note("soak", "memory before and after, MiB", f"{before:.0f}, {server.mib():.0f}")
+    note("soak", "memory before and after, MiB", f"{at_first:.0f}, {server.mib():.0f}")
     waiting = httpx.get(f"{server.url}/metrics").text
     assert "longclip_admitted_inputs 0.0" in waiting
     server.stop()

@@ -80,7 +80,8 @@ class Guard:
         except Refusal as refusal:
             code = refusal.code
             if not status:
-                close = {"Connection": "close"} if refusal.status in (408, 413, 429, 503) else {}
+                # To close while a body arrives would reset the connection, and the client might not read why.
+                close = {"Connection": "close"} if refusal.code in ("body_too_large", "timeout") else {}
                 await JSONResponse(refusal.body, refusal.status, refusal.headers | close)(scope, receive, watched)
         except _Gone:
             status, code = 499, "client_gone"
