@@ -79,6 +79,7 @@ lint: .venv/.dev-installed
 
 docs: .venv/.dev-installed
 	$(BIN)/python docs/make_commands.py
+	$(BIN)/python docs/make_roofline.py
 
 # Trains the built-in model anew, in three phases, and puts it into longclip_rt/assets/tiny. Goes on where it was
 # stopped, and says how long it took.
@@ -97,6 +98,8 @@ $(L14)/bundle.json: | .venv/.dev-installed
 	$(BIN)/longclip-rt export --fp16 --weights random:ViT-L-14 --out $(L14)
 
 bench: .venv/.dev-installed $(B16)/bundle.json $(L14)/bundle.json
+	$(BIN)/longclip-rt bench --bundle $(B16) --precision auto,fp32 --against reference \
+	    --csv benchmarks/results/bench_ViT-B-16.csv --plot benchmarks/results/bench_ViT-B-16.png
 	$(BIN)/python benchmarks/tokenizer.py
 	$(BIN)/python benchmarks/encoders.py --bundle $(B16)
 	$(BIN)/python benchmarks/end_to_end.py --bundle $(B16)

@@ -38,22 +38,50 @@ EVALUATE = [
     "webdataset>=0.2.100",
 ]
 
-# Libraries that a bundle can be put into, each with the extra of its name.
-SENTENCE_TRANSFORMERS = ["sentence-transformers>=6.0", "torch>=2.9"]
+# Libraries that a bundle can be put into, each with the extra of its name; the oldest versions that were tried.
+SENTENCE_TRANSFORMERS = ["sentence-transformers>=6.2", "torch>=2.9"]
+
+SERVE = [
+    "fastapi>=0.115",
+    "httptools>=0.6",
+    "prometheus-client>=0.20",
+    "python-multipart>=0.0.18",
+    "uvicorn>=0.54",
+]
+
+# onnx: the final norm is read from the graph.
+DIFFUSERS = ["diffusers>=0.42", "onnx>=1.18", "torch>=2.9", "transformers>=5.0"]
+
+LANCE = ["lancedb>=0.40", "pylance>=14.0"]
+RAY = ["ray[data]>=2.60"]
+FAISS = ["faiss-cpu>=1.15"]
 
 # What the tests need beside the package; not ONNX Runtime, of which there is one for CPUs and one for GPUs.
 TEST = [
     *TRAIN,
     *EVALUATE,
     *RTX,
+    *DIFFUSERS,
+    *FAISS,
+    *LANCE,
     *INT8,
+    *RAY,
     *SENTENCE_TRANSFORMERS,
+    *SERVE,
+    "datasets>=4.0",
+    "duckdb>=1.4",
     "hypothesis>=6.100",
+    "openai>=1.60",
+    "pandas>=2.2",
+    "playwright>=1.40",  # drives a Chromium that is installed; without one its tests are skipped
+    "polars>=1.30",
     "pytest>=8.0",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
     "PyYAML>=6.0",
+    "qdrant-client>=1.16",
     "regex>=2024.0",
+    "schemathesis>=4.0",
     "scikit-learn>=1.4",
     "torchvision>=0.24",
     "transformers>=5.0",
@@ -75,6 +103,7 @@ setup(
             "assets/examples/captions.json",
             "assets/examples/photos/*.jpg",
             "assets/examples/unicode.txt",
+            "serving/page/*",
             "assets/tiny/*",  # the built-in model: an exported bundle and its model card
         ]
     },
@@ -103,8 +132,15 @@ setup(
         "int8": INT8,
         "train": TRAIN,
         "evaluate": EVALUATE,
+        "diffusers": DIFFUSERS,
+        "faiss": FAISS,
+        "lance": LANCE,
         "sentence-transformers": SENTENCE_TRANSFORMERS,
+        "serve": SERVE,
+        "ray": RAY,
         "plot": ["matplotlib>=3.8"],
+        # What `bench --against reference` runs beside the backends.
+        "bench": [*EXPORT, "matplotlib>=3.8", "transformers>=5.0"],
         "test": TEST,
         "dev": [
             *TEST,

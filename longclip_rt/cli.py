@@ -20,6 +20,7 @@ COMMANDS = {
     "embed": "Turn images and texts into one file of vectors.",
     "search": "Find what is nearest to a text or an image.",
     "evaluate": "Measure retrieval and zero-shot classification.",
+    "serve": "Answer over HTTP: embeddings, search, and a page for people.",
     "pca": "Fit a PCA that makes vectors shorter.",
     "convert": "Write weights in another library's layout.",
     "engine": "Build TensorRT engines of a bundle, list them, and check them on the GPU.",

@@ -3,39 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import logging
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 from longclip_rt.backends.base import Backend
 from longclip_rt.bundle.bundle import Bundle
-from longclip_rt.choices import BACKENDS, GPU_BACKENDS, PRECISIONS
+from longclip_rt.choices import BACKENDS, GPU_BACKENDS, PRECISIONS, SPECS
 from longclip_rt.errors import BackendError, LongClipError, MissingExtraError
 from longclip_rt.system import machine
 
 logger = logging.getLogger("longclip_rt")
 
-AUTO_ORDER = ("tensorrt", "tensorrt-rtx", "torch", "onnxruntime-cuda", "openvino", "onnxruntime")
-"""What `auto` tries, in this order; `torch` on a GPU alone, where it was faster than ONNX Runtime at every size tried
-(docs/gpu.md), and not on a CPU, where it is slower than the others."""
-
-_NEEDED = {
-    "tensorrt": ("tensorrt", "cuda.core"),
-    "tensorrt-rtx": ("tensorrt_rtx", "cuda.core"),
-    "onnxruntime-cuda": ("onnxruntime",),
-    "openvino": ("openvino",),
-    "onnxruntime": ("onnxruntime",),
-    "torch": ("torch", "open_clip"),
-}
-_REMEDIES = {
-    "tensorrt": 'pip install "longclip-rt[gpu,tensorrt]"',
-    "tensorrt-rtx": 'pip install "longclip-rt[gpu,rtx]"',
-    "onnxruntime-cuda": 'pip install "longclip-rt[gpu]"',
-    "openvino": 'pip install "longclip-rt"',
-    "onnxruntime": 'pip install "longclip-rt[cpu]"',
-    "torch": 'pip install "longclip-rt[export]"',
-}
+AUTO_ORDER = tuple(sorted(SPECS, key=lambda name: SPECS[name].auto))
+"""What `auto` tries, in this order; `torch` on a GPU alone."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +48,8 @@ def availability(name: str) -> Availability:
     Args:
         name: One of `BACKENDS`.
     """
-    remedy = _REMEDIES[name]
-    for module in _NEEDED[name]:
+    spec, remedy = SPECS[name], _remedy(name)
+    for module in spec.packages:
         if not _found(module):
             return Availability(name, False, reason=f"the Python package {module} is not installed", remedy=remedy)
     if name == "openvino":
@@ -85,8 +70,11 @@ def availability(name: str) -> Availability:
             why = unavailable(name, onnxruntime.get_available_providers(), len(machine.cuda_devices()))
         if why is not None:
             return Availability(name, False, reason=why[0], remedy=why[1])
-        return Availability(name, True, ("fp16", "fp32"))
-    return Availability(name, True, ("fp32", "fp16") if name == "onnxruntime" else ("fp32", "bf16", "fp16"))
+    return Availability(name, True, spec.precisions)
+
+
+def _remedy(name: str) -> str:
+    return f'pip install "{SPECS[name].install}"'
 
 
 def _not_importable(name: str) -> tuple[str, str] | None:
@@ -96,7 +84,7 @@ def _not_importable(name: str) -> tuple[str, str] | None:
     try:
         import_library(name)
     except BackendError as error:
-        return str(error).partition(" Install it with")[0].rstrip("."), _REMEDIES[name].replace("install", "install -U")
+        return str(error).partition(" Install it with")[0].rstrip("."), _remedy(name).replace("install", "install -U")
     return None
 
 
@@ -131,8 +119,8 @@ def open_backend(
         raise BackendError(f"There is no backend {backend!r}; there are auto, {', '.join(BACKENDS)}.")
     if precision != "auto" and precision not in PRECISIONS:
         raise BackendError(f"There is no precision {precision!r}; there are auto, {', '.join(PRECISIONS)}.")
-    if devices is not None and (not devices or len(set(devices)) < len(devices) or min(devices) < 0):
-        raise BackendError(f"Devices are numbers of GPUs from 0, each once; got {list(devices)}.")
+    if devices is not None:
+        devices = _checked_devices(devices)
     passed_over: list[str] = []
     for name in AUTO_ORDER if backend == "auto" else (backend,):
         state = availability(name)
@@ -172,16 +160,21 @@ def open_backend(
     )
 
 
+def _checked_devices(devices: Iterable[SupportsIndex]) -> list[int]:
+    try:
+        numbers = [operator.index(each) for each in devices]
+    except TypeError:
+        numbers = []
+    if not numbers or len(set(numbers)) < len(numbers) or min(numbers) < 0:
+        raise BackendError(f"Devices are numbers of GPUs from 0, such as [0, 1], each once; got {devices!r}.")
+    return numbers
+
+
 def _offered(state: Availability, bundle: Bundle) -> list[str]:
     """The precisions of a backend that the bundle has what they need of; int8 last, which `auto` takes never."""
-    needs_graphs = _reads_fp16(state.name) and "fp16" not in bundle.precisions
+    needs_graphs = SPECS[state.name].reads_fp16 and "fp16" not in bundle.precisions
     found = [each for each in state.precisions if each != "fp16" or not needs_graphs]
     return [*found, "int8"] if state.name == "openvino" and bundle.has_int8 else found
-
-
-def _reads_fp16(name: str) -> bool:
-    """Whether fp16 takes an fp16 graph; the others lower the fp32 one themselves."""
-    return name == "onnxruntime" or name in GPU_BACKENDS
 
 
 def runs_on_gpu(name: str) -> bool:
@@ -195,38 +188,16 @@ def runs_on_gpu(name: str) -> bool:
 
 def _opened(bundle: Bundle, name: str, precision: str, devices: Sequence[int] | None) -> Backend:
     if runs_on_gpu(name):
-        return _on_gpus(_gpu_backend(name), bundle, precision, devices or (0,))
-    backend = _cpu_backend(name)(bundle, precision)
+        return _on_gpus(_class_of(name), bundle, precision, devices or (0,))
+    backend = _class_of(name)(bundle, precision)
     backend.prepare()
     return backend
 
 
-def _cpu_backend(name: str) -> Callable[[Bundle, str], Backend]:
-    if name == "openvino":
-        from longclip_rt.backends.openvino import OpenVinoBackend
-
-        return OpenVinoBackend
-    if name == "onnxruntime":
-        from longclip_rt.backends.onnxruntime import OnnxRuntimeBackend
-
-        return OnnxRuntimeBackend
-    from longclip_rt.backends.torch import TorchBackend
-
-    return TorchBackend
-
-
-def _gpu_backend(name: str) -> Callable[[Bundle, str, int], Backend]:
-    if name.startswith("tensorrt"):
-        from longclip_rt.tensorrt import backend as tensorrt
-
-        return tensorrt.TensorrtBackend if name == "tensorrt" else tensorrt.TensorrtRtxBackend
-    if name == "torch":
-        from longclip_rt.backends.torch import TorchBackend
-
-        return TorchBackend
-    from longclip_rt.backends.onnxruntime import OnnxRuntimeCudaBackend
-
-    return OnnxRuntimeCudaBackend
+def _class_of(name: str) -> Callable[..., Backend]:
+    module, _, kind = SPECS[name].where.partition(":")
+    found: Callable[..., Backend] = getattr(importlib.import_module(f"longclip_rt.{module}"), kind)
+    return found
 
 
 def _on_gpus(

@@ -91,13 +91,55 @@ class Embedder:
             loaded.check_model(bundle.name, bundle.architecture.embed_dim, bundle.weights_sha256)
         return cls(bundle, open_backend(bundle, backend, precision, devices), loaded, pca_mode)
 
-    def with_pca(self, pca: Pca | None, pca_mode: str = "project") -> Embedder:
-        """An embedder on the same backend whose embeddings are reduced with another PCA, or with none.
+    @classmethod
+    def connect(
+        cls,
+        url: str,
+        api_key: str = "",
+        pca: str | Path | Pca | None = None,
+        pca_mode: str = "project",
+        patience: float = 300.0,
+    ) -> Embedder:
+        """Takes the encoders of a `longclip-rt serve` for its own; texts and images are prepared here.
+
+        A request that the server has no room for, or that does not reach it, is sent again after a growing pause.
+
+        Args:
+            url: The server's address, such as `http://127.0.0.1:8000`.
+            api_key: The server's key; empty: it asks for none.
+            pca: As for `from_bundle`, but for `bundle`: a PCA or its file.
+            pca_mode: As for `from_bundle`.
+            patience: Seconds after which a request is given up.
 
         Raises:
-            PcaError: The PCA is another model's, or the mode is unknown.
+            BackendError: There is no such server, it refuses, or it does not answer for that long.
+            BundleError: What it sends is no bundle.
+            PcaError: As for `from_bundle`.
         """
-        return type(self)(self.bundle, self.backend, pca, pca_mode)
+        from longclip_rt.backends.remote import Connection, RemoteBackend, remote_bundle
+
+        connection = Connection(url, api_key, patience)
+        try:
+            bundle, model = remote_bundle(connection)
+            if pca is not None and str(pca) == "bundle":
+                raise PcaError("A server keeps its bundle's PCA to itself. Give the file of the PCA.")
+            logger.info("server: %s (%s with %s)", connection.url, bundle.name, model["backend"])
+            return cls(bundle, RemoteBackend(connection, bundle, model), _pca_from(pca, bundle), pca_mode)
+        except BaseException:
+            connection.close()
+            raise
+
+    def with_pca(self, pca: str | Path | Pca | None, pca_mode: str = "project") -> Embedder:
+        """An embedder on the same backend whose embeddings are reduced with another PCA, or with none.
+
+        Args:
+            pca: As in `from_bundle`.
+            pca_mode: Likewise.
+
+        Raises:
+            PcaError: The PCA cannot be read or is another model's, or the mode is unknown.
+        """
+        return type(self)(self.bundle, self.backend, _pca_from(pca, self.bundle), pca_mode)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -148,11 +190,19 @@ class Embedder:
         """Encodes one batch of padded token ids [B, S] int32 to L2-normalised vectors [B, D] float32.
 
         What lies on a GPU and comes through DLPack (PyTorch, CuPy) stays there: see `Backend.run_on_device`.
+
+        Raises:
+            BackendError: They are no such array, or ids are not of the model's vocabulary.
         """
         return self._encoded("text", ids)
 
     def encode_crops(self, crops: Any) -> Any:
-        """Encodes one batch of cropped images [B, n, n, 3] uint8 RGB, likewise."""
+        """Encodes one batch of cropped images [B, n, n, 3] uint8 RGB, likewise.
+
+        Raises:
+            InputError: They are no such array.
+            BackendError: n is not `image_size`.
+        """
         return self._encoded("image", crops)
 
     def _encoded(self, kind: str, given: Any) -> Any:
@@ -338,6 +388,8 @@ def _listed(method: str, what: str, given: Any, single: type | tuple[type, ...])
 def _pca_from(pca: str | Path | Pca | None, bundle: Bundle) -> Pca | None:
     if pca is None or isinstance(pca, Pca):
         return pca
+    if not isinstance(pca, (str, Path)):
+        raise PcaError(f"A PCA is given as a Pca, its file's name, or 'bundle'; got {type(pca).__name__}.")
     if str(pca) != "bundle":
         return load_pca(pca)
     if bundle.pca is None:

@@ -75,7 +75,8 @@ def tiny_bundle(tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
     torch.set_num_threads(2)
     out = tmp_path_factory.mktemp("bundles") / "tiny"
-    outputs = ("pooler_output", "text:hidden_states.-2", "image:last_hidden_state")
+    states = ("last_hidden_state", "hidden_states.-2", "hidden_states.-3")
+    outputs = ("pooler_output", *(f"text:{name}" for name in states), "image:last_hidden_state")
     export_bundle(ExportOptions(str(tiny_weights), out, fp16=True, outputs=outputs))
     return out
 

@@ -16,7 +16,7 @@ FLOORS = (
     {"cli"},
     {"commands"},
     {"evaluation"},
-    {"train", "integrations"},
+    {"train", "integrations", "serving"},
     {"bench", "embedding", "search"},
     {"export"},
     {"runtime"},

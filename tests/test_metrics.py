@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 import longclip_rt.metrics as metrics
 from longclip_rt.errors import LongClipError
-from longclip_rt.metrics import pair_accuracy, recall, retrieval, unit_rows, zero_shot_accuracy
+from longclip_rt.metrics import pair_accuracy, places, recall, retrieval, unit_rows, zero_shot_accuracy
 
 Array = NDArray[np.floating]
 
@@ -141,3 +141,15 @@ def test_captions_that_are_one_text_score_half() -> None:
 def test_shapes_that_do_not_fit_are_one_sentence(call: Callable[[], object], message: str) -> None:
     with pytest.raises(LongClipError, match=message):
         call()
+
+
+def test_places_tell_where_the_own_target_stands_and_what_was_chosen() -> None:
+    axes = np.eye(4)
+    targets = np.stack([axes[0], axes[0], axes[0] + axes[1], axes[3]])
+    # Query 0 ties with target 1 on its own target 0; query 1's own is behind 0 and 1; query 2 has none.
+    found = places(axes[[0, 0, 3]], targets, [0, 2, 9], [0, 1, 2, 3])
+    assert found.above.tolist()[:2] == [0, 2] and found.tied.tolist()[:2] == [1, 0]
+    assert found.ranks().tolist() == [1.5, 3.0, math.inf]
+    assert found.best.tolist()[:2] == [0, 2] and found.rival.tolist() == [1, 0, 3]
+    assert found.own.tolist()[:2] == pytest.approx([1, 0.5**0.5]) and found.theirs.tolist() == [1, 1, 1]
+    assert found.hits(1).tolist() == [0.5, 0, 0] and found.hits(3).tolist() == [1, 1, 0]

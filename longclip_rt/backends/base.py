@@ -35,6 +35,13 @@ def _fits(found: Sequence[object], wanted: Sequence[int | None]) -> bool:
     )
 
 
+def _finite(tower: str, inputs: NDArray[np.generic], results: list[Float32]) -> list[Float32]:
+    """The results, unless pixels are not finite: then neither are the vectors, at which it is quicker to look."""
+    if tower == "image" and not np.isfinite(results[0]).all() and not np.isfinite(inputs).all():
+        raise BackendError("Pixels must be finite; some are NaN or infinite, or too large for float32.")
+    return results
+
+
 class Backend(ABC):
     """Runs the two encoders of one bundle in one precision. Safe to call from several threads.
 
@@ -46,6 +53,7 @@ class Backend(ABC):
         batch_size: Images in a batch, a good default.
         pad_multiple: Text batches are padded to a multiple of this many tokens.
         takes_crops: Whether the image tower takes crops too, and normalises them where it runs.
+        not_apart: Which stages `timed` cannot tell apart, in words.
         opens_in_forks: Whether its library can be used anew in a fork of a process that has used it.
 
     Raises:
@@ -57,8 +65,8 @@ class Backend(ABC):
     batch_size: int = 8
     pad_multiple: int = 8
     concurrency: int = 1
-    opens_in_forks: ClassVar[bool] = False
     not_apart: str = "copies, encoder and head are one call of the library"
+    opens_in_forks: ClassVar[bool] = False
 
     def __init__(self, bundle: Bundle, precision: str) -> None:
         if _first_opened.setdefault(type(self), os.getpid()) != os.getpid() and not self.opens_in_forks:
@@ -120,32 +128,54 @@ class Backend(ABC):
 
         Args:
             tower: `text` or `image`.
-            inputs: Token ids [B, S] int32, 1 <= S <= the context length; or what `images` gave.
+            inputs: Token ids [B, S], any integers, 1 <= S <= the context length; or what `images` gave, pixels in any
+                floats. They are run as int32 and float32 (crops as uint8).
             outputs: Names out of `bundle.outputs(tower)`; None for the embedding alone.
 
         Returns:
             One float32 array an output; embeddings are [B, D] and L2-normalised.
 
         Raises:
-            BackendError: The shape or an output's name is not the model's, or the process is a fork of the one that
-                opened the backend.
+            BackendError: The tower, the shape or an output's name is not the model's, an input is of another kind or
+                not finite, or the process is a fork of the one that opened the backend.
         """
+        if tower not in INPUT_NAMES:
+            raise BackendError(f"There is no tower {tower!r}; there are {' and '.join(INPUT_NAMES)}.")
         names = [EMBEDDINGS[tower]] if outputs is None else list(outputs)
+        if not names:
+            raise BackendError("No output was named. Leave outputs away for the embedding.")
         known = self.bundle.outputs(tower)
         if unknown := [name for name in names if name not in known]:
             raise BackendError(
                 f"The bundle has no {tower} output {', '.join(unknown)}; it has {', '.join(known)}. "
                 f"Export it again with --output-name {unknown[0]}."
             )
-        self._check_inputs(tower, inputs)
+        given = self._checked_inputs(tower, inputs)
         self.check_process()
         if tower not in self._used:
             with self._alone:  # whatever a library does at the first inference of a model, one thread does it
                 if tower not in self._used:
-                    results = self._run(tower, inputs, names)
+                    results = self._run(tower, given, names)
                     self._used.add(tower)
-                    return results
-        return self._run(tower, inputs, names)
+                    return _finite(tower, given, results)
+        return _finite(tower, given, self._run(tower, given, names))
+
+    def timed(self, tower: str, inputs: NDArray[np.generic]) -> dict[str, float]:
+        """Runs one tower, and takes the time of the stages that the backend can tell apart.
+
+        Args:
+            tower: `text` or `image`.
+            inputs: As for `run`.
+
+        Returns:
+            Seconds, under some of the names `copy in`, `encoder`, `head`, `copy out`.
+
+        Raises:
+            BackendError: As for `run`.
+        """
+        started = time.perf_counter()
+        self.run(tower, inputs)
+        return {"encoder": time.perf_counter() - started}
 
     def images(self, crops: NDArray[np.uint8]) -> NDArray[np.generic]:
         """What `run` takes for cropped images [B, H, W, 3] uint8.
@@ -169,23 +199,6 @@ class Backend(ABC):
             f"--backend torch on that GPU; got {type(inputs).__name__}."
         )
 
-    def timed(self, tower: str, inputs: NDArray[np.generic]) -> dict[str, float]:
-        """Runs one tower, and takes the time of the stages that the backend can tell apart.
-
-        Args:
-            tower: `text` or `image`.
-            inputs: As for `run`.
-
-        Returns:
-            Seconds, under some of the names `copy in`, `encoder`, `head`, `copy out`.
-
-        Raises:
-            BackendError: As for `run`.
-        """
-        started = time.perf_counter()
-        self.run(tower, inputs)
-        return {"encoder": time.perf_counter() - started}
-
     def check_process(self) -> None:
         """Makes sure that this process opened the backend.
 
@@ -198,7 +211,8 @@ class Backend(ABC):
                 f"threads are not here, and it would hang. {_START_METHODS}"
             )
 
-    def _check_inputs(self, tower: str, inputs: NDArray[np.generic]) -> None:
+    def _checked_inputs(self, tower: str, inputs: NDArray[np.generic]) -> NDArray[np.generic]:
+        """The inputs as every library takes them: int32 or float32 in the machine's byte order, contiguous."""
         if not isinstance(inputs, np.ndarray):
             raise BackendError(f"The {tower} encoder takes a numpy array; got {type(inputs).__name__}.")
         architecture, shape = self.bundle.architecture, inputs.shape
@@ -214,11 +228,20 @@ class Backend(ABC):
                     f"Token ids must be from 0 to {architecture.vocab_size - 1}, the model's vocabulary; got {least} "
                     f"to {most}. Tokenize with the bundle's own tokenizer."
                 )
-        elif self.takes_crops and inputs.dtype == np.uint8:
+            return np.ascontiguousarray(inputs, np.int32)
+        if self.takes_crops and inputs.dtype == np.uint8:
             if len(shape) != 4 or not shape[0] or shape[1:] != (size, size, 3):
                 raise BackendError(f"Crops must be [batch, {size}, {size}, 3], batch at least 1; got {list(shape)}.")
-        elif len(shape) != 4 or not shape[0] or shape[1:] != (3, size, size):
+            return np.ascontiguousarray(inputs)
+        if len(shape) != 4 or not shape[0] or shape[1:] != (3, size, size):
             raise BackendError(f"Pixels must be [batch, 3, {size}, {size}], batch at least 1; got {list(shape)}.")
+        if not np.issubdtype(inputs.dtype, np.floating):
+            raise BackendError(
+                f"Pixels must be normalised floats; got {inputs.dtype}. Normalise them with bundle.transform, or give "
+                "uint8 crops to Embedder.encode_crops."
+            )
+        with np.errstate(over="ignore"):  # is found in the results
+            return np.ascontiguousarray(inputs, np.float32)
 
     def _check_graph(self, tower: str, inputs: Shapes, outputs: Shapes) -> None:
         """Refuses a graph that is not the architecture's, by the shapes that the library read from it.

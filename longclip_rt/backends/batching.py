@@ -10,6 +10,9 @@ from dataclasses import dataclass
 # batches of odd size arise however many texts there are, which keeps the engine's set of shapes small.
 _MAX_WASTE = 0.25
 
+TEXTS_PER_IMAGE = 4
+"""Short texts share batches this many times larger than images do."""
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:

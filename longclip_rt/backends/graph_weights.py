@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,13 @@ from longclip_rt.system.extras import require
 _BIAS = re.compile(r"(.*[._])bias")
 
 
-def weights_of(bundle: Bundle) -> dict[str, NDArray[np.float32]]:
+def weights_of(bundle: Bundle, towers: Sequence[str] = TOWERS, extra: str = "export") -> dict[str, NDArray[np.float32]]:
     """Every tensor of `bundle.architecture.shapes()`, but for the temperature, which no embedding depends on.
+
+    Args:
+        bundle: The model.
+        towers: Those whose weights are wanted: `text`, `image`.
+        extra: What an error names for onnx to be installed with.
 
     The exporter keeps the names of all tensors but the matrices that it transposes. Such a one is the factor of the
     product that the bias of its name is added to.
@@ -25,10 +31,14 @@ def weights_of(bundle: Bundle) -> dict[str, NDArray[np.float32]]:
         BackendError: A graph lacks one, as graphs of another exporter do.
         MissingExtraError: onnx is not installed.
     """
-    onnx: Any = require("onnx", "export")
-    wanted = {name: shape for name, shape in bundle.architecture.shapes().items() if name != "logit_scale"}
+    onnx: Any = require("onnx", extra)
+    wanted = {
+        name: shape
+        for name, shape in bundle.architecture.shapes().items()
+        if name != "logit_scale" and ("image" if name.startswith("visual.") else "text") in towers
+    }
     found: dict[str, NDArray[np.float32]] = {}
-    for tower in TOWERS:
+    for tower in towers:
         graph = onnx.load(str(bundle.onnx(tower, "fp32"))).graph
         arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
         products = {node.output[0]: node for node in graph.node if node.op_type == "MatMul"}

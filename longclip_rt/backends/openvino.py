@@ -138,7 +138,7 @@ class OpenVinoBackend(Backend):
             request = self._idle[tower].pop() if self._idle[tower] else None
         request = request or compiled.create_infer_request()
         try:
-            request.infer({INPUT_NAMES[tower]: np.ascontiguousarray(inputs)}, share_inputs=True)
+            request.infer({INPUT_NAMES[tower]: inputs}, share_inputs=True)
             # A request's output memory is used again by its next call, so the results are copied out.
             return [np.array(request.get_tensor(name).data, dtype=np.float32) for name in outputs]
         finally:

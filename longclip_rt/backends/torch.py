@@ -35,7 +35,7 @@ def checkpoint_of(bundle: Bundle) -> Checkpoint:
 
     Raises:
         BackendError: The named weights are others by now, or are neither there nor in the graphs.
-        MissingExtraError: PyTorch or onnx is not installed.
+        MissingExtraError: PyTorch, open_clip or onnx is not installed.
     """
     torch: Any = require("torch", "export")
     from longclip_rt.weights.checkpoint import Checkpoint, load_checkpoint
@@ -177,10 +177,10 @@ class TorchBackend(Backend):
         return [named[name].numpy() for name in outputs]
 
     def timed(self, tower: str, inputs: NDArray[np.generic]) -> dict[str, float]:
-        """On a GPU by CUDA events: copy in (filling up to the captured shape included), encoder with head, copy out."""
+        """On a GPU by CUDA events; filling page-locked memory up to a captured shape counts as copying in."""
         if self._static is None:
             return super().timed(tower, inputs)
-        return self._static.timed(tower, inputs, self.bundle.outputs(tower)[:1])
+        return self._static.timed(tower, inputs, [EMBEDDINGS[tower]])
 
     def run_on_device(self, tower: str, inputs: Any, outputs: Sequence[str] | None = None) -> list[Any]:
         """Runs one tower on a tensor that lies on this backend's GPU.

@@ -121,31 +121,26 @@ class StaticTowers:
         return [torch.cat(parts) for parts in zip(*results, strict=True)]
 
     def timed(self, tower: str, inputs: NDArray[Any], outputs: Sequence[str]) -> dict[str, float]:
-        """Seconds of a batch's parts by CUDA events; the first begins before page-locked memory is filled."""
-        events = [self._torch.cuda.Event(enable_timing=True) for _ in range(4)]
-        seconds = dict.fromkeys(("copy in", "encoder", "copy out"), 0.0)
+        """Runs a batch as `run` does, by itself, and takes the time of its parts by CUDA events.
+
+        Returns:
+            Seconds of `copy in` (filling page-locked memory included), `encoder` and `copy out`.
+        """
+        seconds = np.zeros(3)
         for piece in pieces(len(inputs)):
-            with self._in_order():
-                events[0].record(self._stream)
-            self._from_host(tower, inputs[piece], outputs, events[1:])
-            for name, (first, second) in zip(seconds, itertools.pairwise(events), strict=True):
-                seconds[name] += first.elapsed_time(second) / 1e3
-        return seconds
+            events: list[Any] = []
+            self._from_host(tower, inputs[piece], outputs, lambda: events.append(self._event()))  # noqa: B023
+            seconds += [first.elapsed_time(second) / 1e3 for first, second in itertools.pairwise(events)]
+        return dict(zip(("copy in", "encoder", "copy out"), map(float, seconds), strict=True))
 
     def _from_host(
-        self, tower: str, inputs: NDArray[Any], outputs: Sequence[str], marks: Sequence[Any] = ()
+        self, tower: str, inputs: NDArray[Any], outputs: Sequence[str], mark: Callable[[], object] = lambda: None
     ) -> list[Float32]:
-        """Runs a batch; records the events `marks` after the copy in, the tower and the copy out."""
-        marked = iter(marks)
-
-        def mark() -> None:
-            if event := next(marked, None):
-                event.record(self._stream)
-
         given = self._torch.from_numpy(inputs if inputs.flags.writeable else inputs.copy())
         static = self._static_for(tower, given)
         slot = static.slots.get()
         try:
+            mark()
             self._fill(tower, slot.given, given)
             for name in outputs:
                 if name not in slot.outputs:
@@ -211,6 +206,11 @@ class StaticTowers:
 
     def _pinned(self, like: Any) -> Any:
         return self._torch.zeros(like.shape, dtype=like.dtype, pin_memory=True)
+
+    def _event(self) -> Any:
+        event = self._torch.cuda.Event(enable_timing=True)
+        event.record(self._stream)
+        return event
 
     def _recorded(self) -> Callable[[], object]:
         """What waits for all that was enqueued so far."""

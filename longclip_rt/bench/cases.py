@@ -14,8 +14,9 @@ from longclip_rt.bundle.bundle import Bundle
 from longclip_rt.bundle.samples import example_captions, example_photos
 from longclip_rt.model.tokenizer import pad_tokens
 
-BATCHES = (1, 64)
-LENGTHS = (20, 77, 248)
+BATCHES = {True: (1, 64), False: (1, 8)}
+"""Rows of the batches where nothing else is asked for: on a GPU, and on a CPU."""
+
 _ROTATED = 8
 _ROTATED_BYTES = 256 << 20  # batches of pixels are large
 
@@ -47,7 +48,7 @@ class Case:
 
 def cases(towers: Sequence[str], batches: Sequence[int], lengths: Sequence[int], context: int) -> list[Case]:
     """Every batch size of every tower, of texts at every length that the model reads."""
-    kept = sorted({min(length, context) for length in lengths})
+    kept = sorted({min(max(length, 2), context) for length in lengths})  # SOT and EOT are always there
     texts = [Case("text", batch, length) for length in kept for batch in batches]
     return [case for case in [*texts, *(Case("image", batch) for batch in batches)] if case.tower in towers]
 
@@ -58,7 +59,7 @@ class Inputs:
 
     Attributes:
         raw: Each batch as a user has it: texts, or paths of photographs.
-        arrays: Each batch as an encoder takes it: ids [B, tokens] int32, or pixels [B, 3, H, W] float32.
+        arrays: Each batch ready for an encoder: ids [B, tokens] int32, or crops [B, n, n, 3] uint8.
     """
 
     raw: list[list[str] | list[Path]]
@@ -78,7 +79,7 @@ def inputs_for(case: Case, bundle: Bundle) -> Inputs:
     count = max(2, min(_ROTATED, _ROTATED_BYTES // (case.batch * crops[0].size * 4)))
     order = [[(turn * case.batch + row) % len(crops) for row in range(case.batch)] for turn in range(count)]
     raw = [[photos[index % len(photos)] for index in rows] for rows in order]
-    return Inputs(raw, [bundle.transform.normalize(crops[rows]) for rows in order])
+    return Inputs(raw, [crops[rows] for rows in order])
 
 
 def _texts(count: int, tokens: int, start: int, bundle: Bundle) -> list[str]:

@@ -15,12 +15,10 @@ from longclip_rt.backends.base import EMBEDDINGS, INPUT_NAMES
 from longclip_rt.backends.batching import padded_length
 from longclip_rt.bench.rates import dtype_of
 from longclip_rt.bundle.bundle import Bundle
+from longclip_rt.choices import REFERENCES
 from longclip_rt.errors import BackendError
 from longclip_rt.opening import open_backend
 from longclip_rt.system.extras import require
-
-REFERENCES = ("open_clip", "torch.compile", "transformers", "plain-onnxruntime")
-"""What one would use instead; every text goes in at the model's whole context."""
 
 Array = NDArray[Any]
 
@@ -43,8 +41,12 @@ class Contender(ABC):
         """Tokens that a batch of texts of `tokens` tokens is computed for."""
 
     @abstractmethod
+    def images(self, crops: Array) -> Array:
+        """Crops [B, n, n, 3] uint8 as the contender takes images: so, or as pixels [B, 3, n, n] float32."""
+
+    @abstractmethod
     def run(self, tower: str, inputs: Array) -> Array:
-        """Ids [B, S] int32 or pixels [B, 3, H, W] float32 to embeddings [B, D] float32, all in ordinary memory."""
+        """Ids [B, S] int32, or what `images` gives, to embeddings [B, D] float32, all in ordinary memory."""
 
     def parts(self, tower: str, inputs: Array) -> Mapping[str, float]:
         """Seconds of the stages of one such run that can be told apart."""
@@ -67,6 +69,10 @@ class Ours(Contender):
         """Up to the backend's next length."""
         return padded_length(tokens, self._backend.pad_multiple, self._context, self._backend.buckets)
 
+    def images(self, crops: Array) -> Array:
+        """As the backend takes them."""
+        return self._backend.images(crops)
+
     def run(self, tower: str, inputs: Array) -> Array:
         """One call."""
         return self._backend.run(tower, inputs)[0]
@@ -77,14 +83,18 @@ class Ours(Contender):
 
 
 class Reference(Contender):
-    """Something else on the same weights."""
+    """Something else on the same weights; every text goes in at the model's whole context."""
 
     def __init__(self, bundle: Bundle) -> None:
-        self._context = bundle.architecture.context_length
+        self._context, self._transform = bundle.architecture.context_length, bundle.transform
 
     def length(self, tokens: int) -> int:
         """The context."""
         return self._context
+
+    def images(self, crops: Array) -> Array:
+        """Normalised."""
+        return self._transform.normalize(crops)
 
 
 class TorchReference(Reference):
@@ -94,7 +104,7 @@ class TorchReference(Reference):
 
     def __init__(self, bundle: Bundle, name: str, precision: str, on_gpu: bool) -> None:
         super().__init__(bundle)
-        torch: Any = require("torch", "export")
+        torch: Any = require("torch", "bench")
         self._torch, self._on_gpu = torch, on_gpu
         self._device = torch.device("cuda:0" if on_gpu else "cpu")
         self._dtype = dtype_of(torch, precision)

@@ -46,7 +46,7 @@ def graph_cost(path: Path, rows: int, tokens: int | None = None) -> Cost:
         BackendError: A product's shape cannot be told from the graph.
         MissingExtraError: onnx is not installed.
     """
-    onnx: Any = require("onnx", "export")
+    onnx: Any = require("onnx", "bench")
     model = onnx.load(str(path), load_external_data=False)
     sizes = (rows,) if tokens is None else (rows, tokens)
     for dim, size in zip(model.graph.input[0].type.tensor_type.shape.dim, sizes, strict=False):
@@ -64,7 +64,11 @@ def graph_cost(path: Path, rows: int, tokens: int | None = None) -> Cost:
     } | weights
     flops, read = 0, 0
     tables = {node.input[0]: node.output[0] for node in model.graph.node if node.op_type == "Gather"}
-    for name, shape in weights.items():
+    floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
+    for tensor in model.graph.initializer:
+        name, shape = tensor.name, weights[tensor.name]
+        if tensor.data_type not in floats or not shape:
+            continue  # what shapes are made of
         taken = shapes.get(tables[name], shape) if name in tables else shape
         read += min(math.prod(shape), math.prod(taken))
     for node in model.graph.node:

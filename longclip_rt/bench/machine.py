@@ -24,10 +24,19 @@ def description() -> dict[str, Any]:
             "gpus": machine.gpus(),
             "gpu_clocks": gpu_state(),
             "system": platform.platform(terse=True),
+            "load": load(),
         },
         "versions": {"python": platform.python_version(), **{k: v for k, v in machine.package_versions().items() if v}},
         "commit": commit(),
     }
+
+
+def load() -> float | None:
+    """Processes that wanted a core in the last minute, on average; None where the system does not tell."""
+    try:
+        return round(os.getloadavg()[0], 2)
+    except (AttributeError, OSError):
+        return None
 
 
 def gpu_state() -> str:

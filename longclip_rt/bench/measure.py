@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,13 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from longclip_rt.bench.cases import Case
-from longclip_rt.bench.contenders import REFERENCES, same_vectors
+from longclip_rt.bench.contenders import same_vectors
 from longclip_rt.bench.cost import graph_cost
 from longclip_rt.bench.machine import description
 from longclip_rt.bench.summary import bound, ratios, summary
 from longclip_rt.bench.worker import Round, serve
 from longclip_rt.bundle.bundle import Bundle
+from longclip_rt.choices import REFERENCES
 from longclip_rt.errors import BackendError, MissingExtraError
+
+logger = logging.getLogger("longclip_rt")
 
 Say = Callable[[str], None]
 FORMAT = 1
@@ -121,7 +125,7 @@ def run_bench(bundle: Bundle, options: BenchOptions, say: Say = lambda words: No
     """
     skipped: dict[str, str] = {}
     details: dict[str, Any] = {}
-    started = time.perf_counter()
+    started, where = time.perf_counter(), description()
     with children(bundle, list(options.ways), options.on_gpu) as processes:
         rates = _rates(bundle, options, say, skipped)
         ways = _open(processes, options, say, details, skipped)
@@ -138,7 +142,7 @@ def run_bench(bundle: Bundle, options: BenchOptions, say: Say = lambda words: No
         "seconds": round(time.perf_counter() - started, 1),
         "options": {"seconds": options.seconds, "rounds": options.rounds, "on_gpu": options.on_gpu},
         "bundle": {"name": bundle.name, "sha256": bundle.sha256, "trained": bundle.trained},
-        **description(),
+        **where,
         "rates": rates,
         "ways": details,
         "skipped": skipped,
@@ -190,6 +194,8 @@ def _case(
         except BackendError as error:
             skipped[f"{name} {precision}, {case.label}"] = str(error)
     found = interleaved(processes, list(ready), options.rounds, options.seconds / options.rounds)
+    for name, precision in set(ready) - set(found):
+        skipped[f"{name} {precision}, {case.label}"] = "it failed while it was measured"
     rows = {way: summary(rounds, case.batch) for way, rounds in found.items()}
     for (name, precision), row in rows.items():
         row |= {"way": name, "precision": precision, "reference": name in REFERENCES}
@@ -208,11 +214,15 @@ def _case(
 def interleaved(
     processes: Mapping[str, Child], ways: Sequence[tuple[str, str]], rounds: int, seconds: float
 ) -> dict[tuple[str, str], list[Round]]:
-    """Lets each way have its turn, round after round: A B A B, while all others wait."""
+    """Lets each way have its turn, round after round: A B A B, while all others wait. One that fails is left out."""
     found: dict[tuple[str, str], list[Round]] = {way: [] for way in ways}
     for _ in range(rounds):
-        for name, precision in ways:
-            found[name, precision].append(processes[name].ask("round", precision, seconds))
+        for name, precision in list(found):
+            try:
+                found[name, precision].append(processes[name].ask("round", precision, seconds))
+            except BackendError as error:
+                logger.warning("%s in %s failed: %s", name, precision, error)
+                del found[name, precision]
     return found
 
 

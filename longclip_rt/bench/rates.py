@@ -29,7 +29,7 @@ def machine_rates(precisions: list[str], on_gpu: bool, seconds: float = 0.3) -> 
     Raises:
         MissingExtraError: PyTorch is not installed.
     """
-    torch: Any = require("torch", "export")
+    torch: Any = require("torch", "bench")
     device = "cuda" if on_gpu else "cpu"
     wait = torch.cuda.synchronize if on_gpu else lambda: None
     torch.backends.cuda.matmul.allow_tf32 = False

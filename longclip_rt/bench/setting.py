@@ -13,8 +13,18 @@ from longclip_rt.opening import AUTO_ORDER, availability, runs_on_gpu
 
 
 @contextmanager
-def model(path: Path | None, weights: str | None, say: Callable[[str], None]) -> Iterator[Bundle]:
-    """A bundle: the one at `path`, one made of weights for as long as the block runs, or the newest."""
+def model(path: Path | None, weights: str | None, fp16: bool, say: Callable[[str], None]) -> Iterator[Bundle]:
+    """A bundle: the one at `path`, one made of weights for as long as the block runs, or the newest.
+
+    Args:
+        path: A bundle's directory, or None.
+        weights: Anything `load_checkpoint` takes, or None.
+        fp16: Whether to make half-precision graphs of the weights too.
+        say: Told what is done next.
+
+    Raises:
+        BackendError: Both name a model.
+    """
     if path is not None and weights is not None:
         raise BackendError("--bundle and --weights each name a model. Give one of them.")
     if weights is None:
@@ -23,7 +33,7 @@ def model(path: Path | None, weights: str | None, say: Callable[[str], None]) ->
     from longclip_rt.export.exporter import ExportOptions, export_bundle
 
     with tempfile.TemporaryDirectory(prefix="longclip-rt-bench-") as folder:
-        options = ExportOptions(weights, Path(folder) / "bundle", verify=False)
+        options = ExportOptions(weights, Path(folder) / "bundle", fp16, verify=False)
         yield export_bundle(options, say)[0]
 
 
@@ -38,7 +48,7 @@ def ways_of(
         BackendError: A backend cannot be used here.
     """
     ways: dict[str, list[str]] = {}
-    for name in dict.fromkeys(_chosen(each) for each in backends):
+    for name in dict.fromkeys(each for named in backends for each in _chosen(named)):
         state = availability(name)
         if not state.usable:
             raise BackendError(f"The backend {name} cannot be used: {state.reason}. Mend it with: {state.remedy}")
@@ -55,6 +65,12 @@ def ways_of(
     return ways, any(places.values())
 
 
-def _chosen(name: str) -> str:
-    """What `auto` stands for: the first usable backend."""
-    return next(each for each in AUTO_ORDER if availability(each).usable) if name == "auto" else name
+def _chosen(name: str) -> list[str]:
+    """What `auto` and `all` stand for: the first usable backend; every one on the GPU, or without a GPU on the CPU."""
+    if name not in ("auto", "all"):
+        return [name]
+    usable = [each for each in AUTO_ORDER if availability(each).usable]
+    if name == "all":
+        on_gpu = [each for each in usable if runs_on_gpu(each)]
+        return on_gpu or usable
+    return [next(each for each in usable if each != "torch" or runs_on_gpu(each))]

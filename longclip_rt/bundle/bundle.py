@@ -15,7 +15,7 @@ from longclip_rt.errors import BundleError, OutputError, PcaError
 from longclip_rt.model.architecture import Architecture
 from longclip_rt.model.preprocess import ImageTransform
 from longclip_rt.model.tokenizer import Tokenizer
-from longclip_rt.system.files import sha256_of_file, sha256_of_json, write_text_atomically
+from longclip_rt.system.files import path_from_argument, sha256_of_file, sha256_of_json, write_text_atomically
 
 if TYPE_CHECKING:
     from longclip_rt.pca.basis import Pca
@@ -162,10 +162,17 @@ def load_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
         verify: False compares sizes only, for listings.
 
     Raises:
-        BundleError: There is no bundle at `path`, a file is missing or altered, or the format is newer than this
-            program.
+        BundleError: There is no bundle at `path`, it cannot be read, a file is missing or altered, or the format is
+            newer than this program.
     """
-    directory = Path(path)
+    directory = path_from_argument(path, "A bundle", BundleError)
+    try:
+        return _loaded(directory, verify)
+    except OSError as error:
+        raise BundleError(f"The bundle {str(directory)!r} cannot be read: {error.strerror or error}.") from error
+
+
+def _loaded(directory: Path, verify: bool) -> Bundle:
     manifest = _manifest(directory)
     bundle = Bundle(directory.resolve(), manifest)
     files: Mapping[str, Mapping[str, Any]] = manifest["files"]
@@ -251,18 +258,20 @@ def find_bundle(sha256: str) -> Path | None:
 
 
 def default_bundle() -> Bundle:
-    """The newest exported bundle, else the built-in model.
+    """The newest exported bundle, else the built-in model; damaged ones are passed over, which is logged.
 
     Raises:
-        BundleError: There is neither.
+        BundleError: There is none.
     """
-    bundles = known_bundles()
-    if not bundles:
-        raise BundleError(
-            f"There is no bundle in {bundles_home()} yet. Make one with: longclip-rt export --fp16 "
-            "--weights BeichenZhang/LongCLIP-B (or name one with --bundle)."
-        )
-    return load_bundle(bundles[0].path)
+    for bundle in known_bundles():
+        try:
+            return load_bundle(bundle.path)
+        except BundleError as error:
+            logger.warning("passed over a bundle: %s", error)
+    raise BundleError(
+        f"There is no bundle in {bundles_home()} yet that can be used. Make one with: longclip-rt export --fp16 "
+        "--weights BeichenZhang/LongCLIP-B (or name one with --bundle)."
+    )
 
 
 def rename_weights(directory: Path, name: str) -> Bundle:

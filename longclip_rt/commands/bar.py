@@ -20,10 +20,12 @@ class Bar:
     Args:
         quiet: Whether nothing is shown.
         columns: Whether it is said which columns of tables are read.
+        unit: What is counted.
     """
 
-    def __init__(self, quiet: bool, columns: bool = True) -> None:
+    def __init__(self, quiet: bool, columns: bool = True, unit: str = "inputs") -> None:
         self._quiet = quiet
+        self._unit = unit
         self._columns = columns
         self._bar: Any = None
 
@@ -45,12 +47,12 @@ class Bar:
         for name, column in columns.items() if self._columns else ():
             click.echo(f"Reading column {column!r} of {name}.", err=True)
         if done:
-            click.echo(f"Going on: {done:,} of {total:,} inputs were done before.", err=True)
+            click.echo(f"Going on: {done:,} of {total:,} {self._unit} were done before.", err=True)
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=total,
             initial=done,
-            unit=" inputs",
+            unit=f" {self._unit}",
             file=sys.stderr,
             dynamic_ncols=terminal,
             delay=0 if terminal else _LOG_DELAY,

@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from longclip_rt.commands.bar import Bar
-from longclip_rt.commands.options import SectionedCommand, gpu_numbers, runs_the_model, takes_a_pca
+from longclip_rt.commands.options import KEY_VARIABLE, SectionedCommand, gpu_numbers, runs_the_model, takes_a_pca
 from longclip_rt.system.streams import told_at_best
 
 if TYPE_CHECKING:
-    from longclip_rt.embedding.pipeline import EmbedReport
+    from longclip_rt.embedding.pipeline import EmbedOptions, EmbedReport
 
-_SUFFIXES = (".parquet", ".npy", ".jsonl")
+_SUFFIXES = (".parquet", ".npy", ".jsonl", ".lance", ".faiss")
 _STOPPED = "Stopped. Give the same command again to go on, or add --restart to begin anew."
 
 
-def _output_name(context: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
-    """Refuses a format that is not known before anything is loaded."""
-    if value is not None and value.suffix not in _SUFFIXES:
-        raise click.BadParameter(f"{str(value)!r} should end with {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}")
+def _output_name(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """Refuses a format that is not known before anything is loaded; with --ray it is a folder or a URI."""
+    if value is not None and context.params.get("ray") is None and Path(value).suffix not in _SUFFIXES:
+        raise click.BadParameter(f"{value!r} should end with {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}")
+    return value
+
+
+def _address(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """Refuses what is no address: an option whose value may be left out takes the FILE behind it for one."""
+    known = value is None or value in ("auto", "local") or re.fullmatch(r"(ray://)?[^/\s]+:\d+", value)
+    if not known:
+        raise click.BadParameter(f"{value!r} is no auto, local, HOST:PORT or ray://HOST:PORT; write --ray after FILE")
     return value
 
 
 _SECTIONS = {
     "Input": ("texts", "column", "truncate", "max_stream"),
-    "Output": ("output", "dtype", "pca", "pca_mode", "overwrite", "allow_rejects"),
-    "Model and machine": ("bundle", "backend", "precision", "devices", "batch_size", "workers"),
+    "Output": ("output", "dtype", "index", "pca", "pca_mode", "overwrite", "allow_rejects"),
+    "Model and machine": ("bundle", "server", "backend", "precision", "devices", "batch_size", "workers"),
     "Begun work": ("restart", "shard_size"),
+    "Many machines": ("ray", "ray_actors"),
 }
 
 
@@ -39,16 +50,23 @@ _SECTIONS = {
     "-o",
     "--out",
     "output",
-    type=click.Path(path_type=Path),
+    metavar="FILE",
     callback=_output_name,
-    help="Where to write: .parquet, .npy (with .ids.jsonl and .meta.json beside it) or .jsonl (with .meta.json). "
-    "Default: the list's stem with .parquet, in the working directory.",
+    help="Where to write: .parquet, .npy (with .ids.jsonl and .meta.json beside it), .jsonl (with .meta.json), .lance "
+    "(a table of Lance and LanceDB) or .faiss (an index, with .ids.jsonl and .meta.json). Default: the list's stem "
+    "with .parquet, in the working directory.",
 )
 @click.option(
     "--bundle",
     type=click.Path(path_type=Path),
     metavar="DIR",
     help="The model. Default: the newest exported one, else the built-in one.",
+)
+@click.option(
+    "--server",
+    metavar="URL",
+    help="Let a `longclip-rt serve` encode, with its model; texts and images are prepared here. Its API key, "
+    f"if any, is in the variable {KEY_VARIABLE}.",
 )
 @runs_the_model
 @takes_a_pca
@@ -83,6 +101,13 @@ _SECTIONS = {
     show_default=True,
     help="Number format of the vectors written.",
 )
+@click.option(
+    "--index",
+    type=click.Choice(["flat", "hnsw", "ivf-pq"]),
+    default="flat",
+    show_default=True,
+    help="What .faiss is searched with; .lance takes flat and ivf-pq. flat is exact, the others approximate.",
+)
 @click.option("--texts", is_flag=True, help="Each line is itself a text, and not the name of a file.")
 @click.option(
     "--column",
@@ -110,17 +135,37 @@ _SECTIONS = {
     callback=lambda context, parameter, value: value << 30,
     help="Most that standard input or a pipe may hold: it is copied beside the output first.",
 )
+@click.option(
+    "--ray",
+    is_flag=False,
+    flag_value="auto",
+    is_eager=True,  # what --out may be depends on it
+    metavar="[ADDRESS]",
+    callback=_address,
+    help="Embed on a Ray cluster: auto (that of this machine, else a new one here), local, HOST:PORT or "
+    "ray://HOST:PORT. --out is then a folder or a URI for parts; FILE may also be .tar and .parquet files, here or in "
+    "object storage.",
+)
+@click.option(
+    "--ray-actors",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Models that run at once. Default: one for each GPU, or for each machine without GPUs.",
+)
 @click.option("-q", "--quiet", is_flag=True, help="Print no progress and no summary.")
 def embed(
     files: tuple[str, ...],
-    output: Path | None,
+    output: str | None,
     bundle: Path | None,
+    server: str | None,
     backend: str,
     precision: str,
     pca: str | None,
     pca_mode: str,
     devices: tuple[int, ...] | None,
     allow_rejects: bool,
+    ray: str | None,
+    ray_actors: int | None,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -140,24 +185,40 @@ def embed(
       longclip-rt embed files.txt
       longclip-rt embed photos/ -o photos.parquet
       longclip-rt embed captions.txt --texts -o captions.npy --dtype float16
+      longclip-rt embed files.txt -o files.lance --index ivf-pq
       longclip-rt embed files.txt --backend tensorrt --devices 0,1
       longclip-rt embed files.txt -o short.parquet --pca pca.safetensors
       longclip-rt embed pairs.jsonl --texts --column long_caption --no-truncate
+      longclip-rt embed photos/ --server http://gpu-machine:8000
+      longclip-rt embed s3://bucket/shards/ -o s3://bucket/vectors --ray --ray-actors 8
       find . -name '*.jpg' | longclip-rt embed - -o all.parquet --allow-rejects
     """
     from longclip_rt.system.interrupt import STATUS, ended_by_ctrl_c
 
+    if server is not None and (bundle, backend, precision, devices) != (None, "auto", "auto", None):
+        raise click.UsageError(
+            "--server runs the server's own model: leave --bundle, --backend, --precision, --devices."
+        )
     try:
         with ended_by_ctrl_c(_STOPPED):
             from longclip_rt.embedding.pipeline import EmbedOptions, embed_files, plan_embedding
 
             settings = EmbedOptions(**options)
+            if ray is not None:
+                opening = {"backend": backend, "precision": precision, "pca": pca, "pca_mode": pca_mode}
+                rejects = _embed_on_ray(files, output, bundle, settings, ray, ray_actors, quiet, opening)
+                if rejects and not allow_rejects:
+                    click.get_current_context().exit(1)
+                return
             # A slip in a name should show before a model is loaded.
             plan_embedding(files, output, settings)
             from longclip_rt.runtime import Embedder
             from longclip_rt.system.closing import closed_after
 
-            opened = Embedder.from_bundle(bundle, backend, precision, pca, pca_mode, devices)
+            if server is None:
+                opened = Embedder.from_bundle(bundle, backend, precision, pca, pca_mode, devices)
+            else:
+                opened = Embedder.connect(server, os.environ.get(KEY_VARIABLE, ""), pca, pca_mode)
             with closed_after(opened) as embedder, Bar(quiet) as bar:
                 report = embed_files(files, output, embedder, settings, bar)
     except KeyboardInterrupt:
@@ -169,6 +230,36 @@ def embed(
         click.echo(report.output)
     if report.rejects is not None and not allow_rejects:
         click.get_current_context().exit(1)
+
+
+def _embed_on_ray(
+    files: tuple[str, ...],
+    output: str | None,
+    bundle: Path | None,
+    settings: EmbedOptions,
+    address: str,
+    actors: int | None,
+    quiet: bool,
+    opening: dict[str, Any],
+) -> int:
+    """Embeds on a cluster, and returns how many inputs were rejected."""
+    if output is None or Path(output).suffix in _SUFFIXES:
+        raise click.UsageError("With --ray, name a folder or a URI for the parts with -o.")
+    from longclip_rt.integrations.ray import embed_job
+
+    where = None if address == "auto" else address
+    with Bar(quiet, unit="parts") as bar:
+        report = embed_job(files, output, bundle, settings, address=where, actors=actors, progress=bar, **opening)
+    totals = report.totals
+    if not quiet:
+        click.echo(
+            f"{output}: {_count(report.parts, 'part')}, {report.skipped:,} of them made before; "
+            f"{_count(totals.rows, 'row')}, {totals.truncated:,} truncated, {_count(totals.rejects, 'reject')}.",
+            err=True,
+        )
+    with told_at_best():
+        click.echo(output)
+    return totals.rejects
 
 
 def _summary(report: EmbedReport) -> str:

@@ -10,6 +10,9 @@ import click
 
 from longclip_rt.choices import BACKENDS, EVERY, PCA_MODES, PRECISIONS
 
+KEY_VARIABLE = "LONGCLIP_RT_API_KEY"
+"""Holds the API key of a server, for `serve` and for its clients."""
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 

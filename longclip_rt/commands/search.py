@@ -53,6 +53,7 @@ def _page_name(context: click.Context, parameter: click.Parameter, value: Path |
     metavar="FILE",
     help="The PCA that made EMBEDDINGS, where they are PCA vectors and the bundle does not carry it.",
 )
+@click.option("--exact", is_flag=True, help="Compare with every vector, though EMBEDDINGS has an index.")
 @click.option(
     "--html",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -71,19 +72,22 @@ def search(
     backend: str,
     precision: str,
     pca: str | None,
+    exact: bool,
     html: Path | None,
     as_json: bool,
 ) -> None:
     """Find what is nearest to QUERY in EMBEDDINGS, a file that `longclip-rt embed` wrote.
 
-    QUERY is a text, or an image if it is the path of an existing file with an image's suffix. The score is the exact
-    cosine similarity. Texts and images score on different levels: to rank images for a text, add --kind image.
+    QUERY is a text, or an image if it is the path of an existing file with an image's suffix. The score is the cosine
+    similarity. The answer is exact, but approximate where a .lance or .faiss has an index; stderr says which. Texts and
+    images score on different levels: to rank images for a text, add --kind image.
 
     \b
     Examples:
       longclip-rt search files.parquet "an espresso in a red cup" --kind image
       longclip-rt search files.parquet "$(cat description.txt)" -k 20 --html gallery.html
       longclip-rt search files.parquet photo.jpg -k 3 --json
+      longclip-rt search files.lance "an espresso" --exact
       longclip-rt search short.parquet "an espresso" --pca pca.safetensors
     """
     from longclip_rt.search.nearest import search_query
@@ -98,6 +102,7 @@ def search(
         backend=backend,
         precision=precision,
         pca=pca,
+        exact=exact,
     )
     for note in _notes(answer):
         click.echo(note, err=True)
@@ -121,6 +126,10 @@ def _notes(answer: Answer) -> list[str]:
         notes.append(f"The query has {answer.tokens} tokens, more than the model reads; only its beginning was used.")
     if not answer.hits:
         notes.append(f"There is nothing of that kind in {answer.path}.")
+    if answer.index:
+        notes.append(f"Approximate: found by the {answer.index} index, which may miss some of the nearest.")
+    elif answer.path.suffix in (".lance", ".faiss"):
+        notes.append("Exact: compared with every vector.")
     return notes
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from longclip_rt.backends.batching import plan_batches
+from longclip_rt.backends.batching import TEXTS_PER_IMAGE, plan_batches
 from longclip_rt.embedding.inputs.entries import Entry
 from longclip_rt.embedding.tasks import Encoder, crop, encode_images, encode_texts, tokenize
 from longclip_rt.errors import BackendError, InputError
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 # Texts of one worker's task: enough to make the task's own cost small, few enough to spread a shard over the workers.
 TEXTS_PER_TASK = 64
-# Without an explicit batch size, short texts share batches this many times larger than images do.
-_TEXTS_PER_IMAGE = 4
 
 
 @dataclass(frozen=True)
@@ -231,7 +229,7 @@ class Flow:
             [len(shard.ids[position]) for position in positions],
             pad_multiple=self._encoder.pad_multiple,
             token_budget=self._batch_size * context_length,
-            max_batch=self._options.batch_size or _TEXTS_PER_IMAGE * self._encoder.batch_size,
+            max_batch=self._options.batch_size or TEXTS_PER_IMAGE * self._encoder.batch_size,
             max_length=context_length,
             buckets=self._encoder.buckets,
         )

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from longclip_rt.embedding.flow import EmbeddedShard, Flow, FlowOptions
 from longclip_rt.embedding.inputs.content import FilesDigest
@@ -22,11 +22,13 @@ from longclip_rt.embedding.inputs.sources import (
     sources_from_arguments,
     spool_streams,
 )
-from longclip_rt.embedding.resume import check_sidecar, fingerprint_of, take_up
+from longclip_rt.embedding.resume import check_neighbours, fingerprint_of, take_up
 from longclip_rt.embedding.tasks import Encoder
 from longclip_rt.embedding.workspace import Totals, Workspace
 from longclip_rt.errors import InputError, OutputError
-from longclip_rt.formats.outputs import DTYPES, OutputFiles, table_from_rows
+from longclip_rt.formats.lance import is_lance
+from longclip_rt.formats.outputs import DTYPES, INDEXES, OutputFiles, table_from_rows
+from longclip_rt.system.extras import require
 from longclip_rt.system.files import behind_links, output_errors
 from longclip_rt.version import __version__
 
@@ -46,6 +48,7 @@ class EmbedOptions:
             `path`.
         truncate: Whether texts longer than the context are cut; else they are rejects.
         dtype: "float32" or "float16", of the vectors written.
+        index: What `.lance` (`flat`, `ivf-pq`) and `.faiss` (also `hnsw`) are searched with; `flat` is exact.
         batch_size: Most inputs in a batch; None: the embedder's, and more for short texts.
         workers: Threads that decode and tokenize; None: one for each core this process may use.
         shard_size: Inputs that are committed together.
@@ -58,6 +61,7 @@ class EmbedOptions:
     column: str | None = None
     truncate: bool = True
     dtype: str = "float32"
+    index: str = "flat"
     batch_size: int | None = None
     workers: int | None = None
     shard_size: int = 2048
@@ -128,7 +132,7 @@ def embed_files(
 
     Args:
         sources: Lists, folders, globs, images, `.jsonl` or `.parquet` files, or "-" for standard input.
-        output: `.parquet`, `.npy` or `.jsonl`; None: see `plan_embedding`.
+        output: `.parquet`, `.npy`, `.jsonl`, `.lance` or `.faiss`; None: see `plan_embedding`.
         embedder: What turns inputs into vectors.
         options: How.
         progress: Is told how far it is, from the calling thread.
@@ -166,12 +170,15 @@ def plan_embedding(
 
     Raises:
         InputError: When a source cannot be read.
-        OutputError: When the output has an unknown suffix, is a folder, or is one of the sources.
+        OutputError: When the output has an unknown suffix, has no such index, is a folder but no Lance table, or is one
+            of the sources.
+        MissingExtraError: When what writes it is not installed.
     """
     recognised = sources_from_arguments(sources, texts=options.texts, column=options.column)
     files = OutputFiles.from_path(_default_output(recognised) if output is None else Path(output))
+    _check_index(files.main, options.index)
     with output_errors(files.main):
-        if files.main.is_dir():
+        if files.main.is_dir() and not (files.main.suffix == ".lance" and is_lance(files.main)):
             raise OutputError(f"{str(files.main)!r} is a folder. Name a file with -o.")
         for source in recognised:
             for path in files.all:
@@ -179,6 +186,16 @@ def plan_embedding(
                     raise OutputError(f"The output would overwrite the input {source.name!r}. Name another with -o.")
         files = OutputFiles.from_path(behind_links(files.main))
     return recognised, files
+
+
+def _check_index(main: Path, index: str) -> None:
+    known = INDEXES.get(main.suffix, ("flat",))
+    if index not in known:
+        others = " or ".join(suffix for suffix, indexes in INDEXES.items() if index in indexes)
+        advice = f"Name one that ends with {others}." if others else f"Choose one of {', '.join(known)}."
+        raise OutputError(f"{str(main)!r} takes no index {index!r}. {advice}")
+    if main.suffix in INDEXES:  # before anything is embedded
+        require(main.suffix[1:], main.suffix[1:])
 
 
 def _default_output(sources: Sequence[Source]) -> Path:
@@ -214,6 +231,8 @@ def _state(
         "shard_size": options.shard_size,
     }
     values |= {name: value for name, value in (("places", summary.places), ("files", summary.files)) if value}
+    if files.main.suffix in INDEXES:
+        values["index"] = options.index
     if embedder.buckets:
         values["buckets"] = " ".join(map(str, embedder.buckets))
     return {**embedder.describe(), **{key: str(value) for key, value in values.items()}}
@@ -273,7 +292,7 @@ def _embed(
             embedded += len(entries)
             yield number, entries
 
-    flow_options = FlowOptions(options.workers or _cores(), options.truncate, options.dtype, options.batch_size)
+    flow_options = FlowOptions(options.workers or usable_cores(), options.truncate, options.dtype, options.batch_size)
     flow = Flow(embedder, flow_options, progress.advance)
     with contextlib.closing(flow.run(missing())) as shards:
         for shard in shards:
@@ -283,8 +302,8 @@ def _embed(
     if files.states != summary.files:
         raise InputError("Files changed while they were being embedded. Run the command again: it embeds them anew.")
     metadata = {**state, "fingerprint": fingerprint_of(state)}
-    totals = workspace.assemble(count, embedder.dim, options.dtype, metadata)
-    check_sidecar(workspace.files)  # another run may have ended since
+    totals = workspace.assemble(count, embedder.dim, options.dtype, metadata, options.index)
+    check_neighbours(workspace.files, overwrite=options.overwrite)  # another run may have ended since
     workspace.publish()
     seconds = time.monotonic() - start
     rejects = _rejects_path(workspace.files, totals)
@@ -293,6 +312,12 @@ def _embed(
 
 def _commit(workspace: Workspace, shard: EmbeddedShard, inputs: str) -> None:
     """Writes the rows of a shard, without its rejects, and the rejects."""
+    table, totals, rejects = rows_from_shard(shard)
+    workspace.commit(shard.number, inputs, table, totals, rejects)
+
+
+def rows_from_shard(shard: EmbeddedShard) -> tuple[Any, Totals, list[dict[str, Any]]]:
+    """The Arrow table of a shard's rows, its counts, and its rejects, each a line of `<out>.rejects.jsonl`."""
     kept = [position for position in range(len(shard.entries)) if position not in shard.errors]
     kinds = [shard.entries[position].kind for position in kept]
     table = table_from_rows(
@@ -302,17 +327,17 @@ def _commit(workspace: Workspace, shard: EmbeddedShard, inputs: str) -> None:
         shard.tokens[kept],
         shard.truncated[kept],
     )
-    rejects = []
+    rejects: list[dict[str, Any]] = []
     for position in sorted(shard.errors):
         entry = shard.entries[position]
         source = {"source": entry.source} if entry.source else {}
         rejects.append({**source, "line": entry.line, "id": entry.id, "error": shard.errors[position]})
     truncated = int(shard.truncated[kept].sum())
     totals = Totals(len(shard.entries), kinds.count("image"), kinds.count("text"), truncated, len(rejects))
-    workspace.commit(shard.number, inputs, table, totals, rejects)
+    return table, totals, rejects
 
 
-def _cores() -> int:
+def usable_cores() -> int:
     """Cores that this process may use."""
     affinity: Callable[[int], set[int]] | None = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1

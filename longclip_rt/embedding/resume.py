@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from longclip_rt.embedding.workspace import Totals, Workspace
 from longclip_rt.errors import OutputError, ResumeError
 from longclip_rt.formats.outputs import FORMATS, PREFIX, OutputFiles, read_metadata
 from longclip_rt.system.files import sha256_of_json
+
+_LONGEST_REJECT = 8 << 20  # bytes; an id has at most one MiB, and JSON's escapes
 
 
 def fingerprint_of(state: Mapping[str, str]) -> str:
@@ -43,7 +46,7 @@ def take_up(workspace: Workspace, state: dict[str, str], *, overwrite: bool, res
             f"{str(workspace.folder)!r} holds work that was begun differently: {_difference(begun, state)}. Repeat the "
             "command as it was to go on with it, or add --restart to discard it."
         )
-    check_sidecar(files)
+    check_neighbours(files, overwrite=overwrite)
     if begun is not None and workspace.is_ready():
         workspace.publish()
         if begun == state:
@@ -66,25 +69,47 @@ def take_up(workspace: Workspace, state: dict[str, str], *, overwrite: bool, res
 
 
 def _goes_on(begun: Mapping[str, str], state: Mapping[str, str]) -> bool:
-    """Whether begun work fits: all is the same, or the files were moved as they are, or some of them were changed.
+    """Whether begun work fits: all is the same, or the files were moved as they are, or some of them were changed, or
+    the output gets another index, which is built at the end.
 
     The shards that changed files are in are made anew. Where the places and the files both differ, as many files as
     there are may be other ones of the same names.
     """
     differing = {key for key in {*begun, *state} if begun.get(key) != state.get(key)}
-    return differing <= {"places"} or differing <= {"files"}
+    return differing <= {"places"} or differing <= {"files"} or differing <= {"index"}
 
 
-def check_sidecar(files: OutputFiles) -> None:
-    """Refuses to take the `.meta.json` from another output of the same stem: `a.npy` and `a.jsonl` would share it.
+def check_neighbours(files: OutputFiles, *, overwrite: bool) -> None:
+    """Refuses to replace what is not of this output: another's `.meta.json`, or a stranger's list of rejects.
+
+    `a.npy` and `a.jsonl` would share `a.meta.json`.
+
+    Args:
+        files: The output's.
+        overwrite: Whether a stranger's list may be replaced.
 
     Raises:
         OutputError: When there is one.
     """
+    if not overwrite and files.rejects.exists() and not _lists_rejects(files.rejects):
+        raise OutputError(
+            f"{str(files.rejects)!r} exists already (it is no list of rejects of this program). Move it away, or add "
+            "--overwrite to replace it."
+        )
     for suffix in FORMATS:
         other = OutputFiles.from_path(files.main.with_suffix(suffix))
         if other != files and other.meta is not None and other.meta == files.meta and _metadata_or_none(other.main):
             raise OutputError(f"{str(files.meta)!r} belongs to {str(other.main)!r}. Choose another stem with -o.")
+
+
+def _lists_rejects(path: Path) -> bool:
+    """Whether a file is a list of rejects by its first line, or empty."""
+    try:
+        with path.open("rb") as stream:
+            line = stream.readline(_LONGEST_REJECT)
+        return not line or {"line", "id", "error"} <= set(json.loads(line))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
 
 
 def _metadata_or_none(path: Path) -> dict[str, str] | None:

@@ -9,6 +9,7 @@ What it holds, and what makes each step all or nothing:
     NNNNNN.json      written after it: its hash, counts and rejects; without this record a shard does not count
     assembling/      the output's files while they are written
     ready/           the same folder under its last name: the files are whole and only have to be moved to their places
+    replaced/        a folder that an output of the same name has taken the place of
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from longclip_rt.system.lock import lock_folder
 logger = logging.getLogger("longclip_rt")
 
 _T = TypeVar("_T")
-_OURS = re.compile(r"lock|state\.json|input-\d+|\d{6,}\.(parquet|json)|assembling|ready|.*\.tmp")
+_OURS = re.compile(r"lock|state\.json|input-\d+|\d{6,}\.(parquet|json)|assembling|ready|replaced|.*\.tmp")
 
 
 @dataclass(frozen=True)
@@ -243,12 +244,16 @@ class Workspace:
         logger.warning("shard %d in %s is damaged", number, self.folder)
         return None
 
-    def _tables(self, count: int) -> Iterator[Any]:
+    def table(self, number: int) -> Any:
+        """The rows of a shard.
+
+        Raises:
+            OutputError: It is damaged.
+        """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        for number in range(count):
-            yield pq.read_table(pa.BufferReader(self._required(self._content(number), number)))
+        return pq.read_table(pa.BufferReader(self._required(self._content(number), number)))
 
     def _required(self, value: _T | None, number: int) -> _T:
         if value is None:
@@ -258,7 +263,7 @@ class Workspace:
             )
         return value
 
-    def assemble(self, count: int, dim: int, dtype: str, metadata: Mapping[str, str]) -> Totals:
+    def assemble(self, count: int, dim: int, dtype: str, metadata: Mapping[str, str], index: str = "flat") -> Totals:
         """Writes the output's files from shards 0 to `count` - 1 into `ready/`.
 
         Args:
@@ -266,6 +271,7 @@ class Workspace:
             dim: Length of a vector.
             dtype: "float32" or "float16".
             metadata: For the output; the counts are added.
+            index: As `write_output` takes it.
 
         Raises:
             OutputError: When the disk refuses, or a shard is damaged.
@@ -285,8 +291,16 @@ class Workspace:
                         stream.writelines(json_line(reject) for reject in record.rejects)
                     sync_file(stream)
                 complete = {**metadata, **totals.to_metadata()}
-                tables = self._tables(count)
-                write_output(making, self.files, tables, rows=totals.rows, dim=dim, dtype=dtype, metadata=complete)
+                write_output(
+                    making,
+                    self.files,
+                    _Tables(self, count),
+                    rows=totals.rows,
+                    dim=dim,
+                    dtype=dtype,
+                    metadata=complete,
+                    index=index,
+                )
                 sync_folder(making)
                 making.rename(ready)
             except BaseException:
@@ -317,6 +331,20 @@ class Workspace:
                     path.unlink(missing_ok=True)
                     made.unlink()
                 else:
+                    if made.is_dir() and path.exists():  # a folder takes no other's place
+                        replaced = self.folder / "replaced"
+                        shutil.rmtree(replaced, ignore_errors=True)
+                        path.replace(replaced)
                     made.replace(path)
             sync_folder(self.files.main.absolute().parent)
         self.discard()
+
+
+class _Tables:
+    """The rows of shards 0 to `count` - 1, one table a shard, read anew each time."""
+
+    def __init__(self, workspace: Workspace, count: int) -> None:
+        self._workspace, self._count = workspace, count
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self._workspace.table, range(self._count))

@@ -109,14 +109,18 @@ def prune(home: Path, most: int, keep: Path) -> None:
         most: Bytes.
         keep: The entry that stays in any case.
     """
-    entries = sorted(home.glob("*/lock"), key=lambda path: path.stat().st_mtime, reverse=True)
+    entries = []
+    for lock in home.glob("*/lock"):
+        with contextlib.suppress(OSError):  # another run may be removing it
+            size = sum(path.stat().st_size for path in lock.parent.rglob("*") if path.is_file())
+            entries.append((lock.stat().st_mtime_ns, size, lock.parent))
     total = 0
-    for lock in entries:
-        total += sum(path.stat().st_size for path in lock.parent.rglob("*") if path.is_file())
-        if total > most and lock.parent != keep:
-            with contextlib.suppress(OutputError, OSError), lock_folder(lock.parent, "uses it"):
-                logger.info("removing %s: evaluations keep %d GiB at most", lock.parent, most >> 30)
-                shutil.rmtree(lock.parent)
+    for _, size, folder in sorted(entries, reverse=True):
+        total += size
+        if total > most and folder != keep:
+            with contextlib.suppress(OutputError, OSError), lock_folder(folder, "uses it"):
+                logger.info("removing %s: evaluations keep %d GiB at most", folder, most >> 30)
+                shutil.rmtree(folder)
 
 
 def _empty(folder: Path) -> None:

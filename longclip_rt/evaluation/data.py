@@ -13,7 +13,7 @@ from longclip_rt.embedding.tasks import Encoder
 from longclip_rt.errors import InputError
 from longclip_rt.evaluation.cache import Entry
 from longclip_rt.evaluation.collection import Collection, Item, Skipped, collect
-from longclip_rt.evaluation.layouts import READERS, Found, Layout
+from longclip_rt.evaluation.layouts import KARPATHY_FILES, READERS, Found, Layout
 from longclip_rt.evaluation.vectors import Bars, NoBar
 from longclip_rt.train.data.rows import BadRow, Row
 from longclip_rt.train.data.sources import Naming, Part, open_part
@@ -45,6 +45,14 @@ class DataName:
     images: Path | None = None
     split: str = "test"
     columns: Columns = field(default_factory=Columns)
+
+    @property
+    def file_name(self) -> str:
+        """Its file's name; of Karpathy's splits that which a folder holds, since it tells COCO from Flickr30k."""
+        path = Path(self.path)
+        if self.kind == "karpathy":
+            return Layout(path, None, self.split).file(KARPATHY_FILES).name
+        return path.name
 
     def as_json(self) -> dict[str, Any]:
         """What tells it from others, and stands in a report."""

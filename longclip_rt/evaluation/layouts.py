@@ -20,6 +20,7 @@ Found = Iterator[Item | Skipped]
 CAPTIONS = 5
 """Captions an image that COCO's and Flickr30k's protocols take; a few images have six or seven."""
 
+KARPATHY_FILES = "dataset_*.json"
 SHAREGPT4V_ROWS = 1000
 
 _SUFFIXES = (".jpg", ".png", ".jpeg", ".webp")
@@ -136,7 +137,7 @@ def coco(layout: Layout) -> Found:
 
 def karpathy(layout: Layout) -> Found:
     """Karpathy's splits of COCO and Flickr30k (`dataset_coco.json`, `dataset_flickr30k.json`)."""
-    path = layout.file("dataset_*.json")
+    path = layout.file(KARPATHY_FILES)
     (images,) = _lists(_content(path), path, "images")
     folder = Layout(path, layout.images, layout.split).folder("images", "flickr30k-images", "../images")
     splits = {str(one.get("split")) for one in images}

@@ -81,16 +81,16 @@ IMAGENET = (
 )
 
 
-def published_for(kind: str, path: str, images: int) -> tuple[Published, ...]:
+def published_for(kind: str, file_name: str, images: int) -> tuple[Published, ...]:
     """The rows of a data set.
 
     Args:
         kind: As `--data` names it.
-        path: Its file or folder: Karpathy's splits are of two data sets.
+        file_name: Of its file: Karpathy's splits are of two data sets.
         images: How many there are: Flickr30k is measured on all of it, or on 1,000.
     """
     if kind == "karpathy":
-        kind = "flickr" if "flickr" in path.rpartition("/")[2].lower() else "coco"
+        kind = "flickr" if "flickr" in file_name.lower() else "coco"
     rows = tuple(row for row in PUBLISHED if row.kind == kind)
     if kind == "flickr":
         nearest = min((row.images for row in rows), key=lambda count: abs(count - images))

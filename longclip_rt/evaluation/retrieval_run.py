@@ -16,7 +16,7 @@ from longclip_rt.evaluation.collection import Collection, Kept, Skipped, skipped
 from longclip_rt.evaluation.data import DataName, load_collection
 from longclip_rt.evaluation.figures import Difference, differences
 from longclip_rt.evaluation.models import Made, ModelSpec, each_model
-from longclip_rt.evaluation.published import SECOND_HAND, published_for
+from longclip_rt.evaluation.published import SECOND_HAND, Published, published_for
 from longclip_rt.evaluation.report import csv_text, difference_columns, markdown_table, percent, points
 from longclip_rt.evaluation.retrieval import BEYOND, RANKS, UP_TO, Retrieval, retrieve
 from longclip_rt.evaluation.vectors import Bars, Embedded, NoBar, embedded
@@ -56,6 +56,11 @@ class RetrievalReport:
         return self.collection.skipped + self.kept.skipped
 
     @cached_property
+    def published(self) -> tuple[Published, ...]:
+        """What was published on the data set."""
+        return published_for(self.data.kind, self.data.file_name, len(self.kept.images))
+
+    @cached_property
     def compared(self) -> list[tuple[Made, dict[str, Difference]]]:
         """Each further model, and how much its figures are above the first one's."""
         base = self.retrievals[0].figures()
@@ -66,7 +71,6 @@ class RetrievalReport:
 
     def as_json(self) -> dict[str, Any]:
         """The first model's figures, what takes no part, what made it; then the other models and published rows."""
-        rows = published_for(self.data.kind, self.data.path, len(self.kept.images))
         compared = [
             {"model": made.label, "made_by": made.made_by}
             | one.as_json()
@@ -81,7 +85,7 @@ class RetrievalReport:
                 "data": self.data.as_json(),
                 "made_by": {"tool": f"longclip-rt {__version__}"} | self.made[0].made_by,
                 "compared": compared,
-                "published": [{"what": SECOND_HAND} | dataclasses.asdict(row) for row in rows],
+                "published": [{"what": SECOND_HAND} | dataclasses.asdict(row) for row in self.published],
             }
         )
 
@@ -90,7 +94,7 @@ class RetrievalReport:
         found = [one.as_json() for one in self.retrievals]
         ranks = [f"{way} R@{rank}" for way in ("i2t", "t2i") for rank in RANKS]
         rows = [self._cells(made.label, one) for made, one in zip(self.made, found, strict=True)]
-        for row in published_for(self.data.kind, self.data.path, len(self.kept.images)):
+        for row in self.published:
             dashes = ["-"] * (len(RANKS) - 1)
             cells = [percent(row.i2t_r1), *dashes, percent(row.t2i_r1), *dashes]
             rows.append([f"{row.model}, {SECOND_HAND}: {row.source}", f"{row.images:,}", "-", *cells, "-", "-"])
@@ -130,7 +134,7 @@ class RetrievalReport:
                 figures = {name: value for name, value in part.items() if not isinstance(value, dict)}
                 more = difference_columns(found) if group is None else {}
                 rows.append({"model": made.label, "source": "measured", "captions": words} | figures | more)
-        for row in published_for(self.data.kind, self.data.path, len(self.kept.images)):
+        for row in self.published:
             figures = {"images": row.images, "i2t_r1": row.i2t_r1, "t2i_r1": row.t2i_r1}
             source = f"{SECOND_HAND}: {row.source}"
             rows.append({"model": row.model, "source": source, "captions": "all"} | figures)

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from longclip_rt.errors import OutputError
+from longclip_rt.errors import InputError, OutputError
+from longclip_rt.system.files import path_from_argument
 
 _MARK = "longclip_rt.fingerprint"
 
@@ -42,15 +43,17 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     Raises:
         OutputError: When the file is absent, damaged, or was not written by `longclip-rt embed`.
     """
-    path = Path(path)
+    path = _path(path)
     try:
         path.stat()  # Arrow's message on an absent file is long.
         if path.suffix == ".parquet":
             metadata = _metadata_from_parquet(path)
-        elif path.suffix in (".npy", ".jsonl"):
+        elif path.suffix == ".lance":
+            metadata = _metadata_from_lance(path)
+        elif path.suffix in (".npy", ".jsonl", ".faiss"):
             metadata = _metadata_beside(path)
         else:
-            raise _refusal(path, "its name should end with .parquet, .npy or .jsonl")
+            raise _refusal(path, f"its name should end with {', '.join(list(_READERS)[:-1])} or {list(_READERS)[-1]}")
     except OSError as error:
         raise OutputError(f"{str(path)!r} cannot be read: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:
@@ -64,15 +67,19 @@ def iter_embeddings(path: str | Path, chunk_rows: int = 8192) -> Iterator[Embedd
     """Reads an embeddings file in pieces, in order and in memory that does not grow with the file.
 
     Args:
-        path: `.parquet`, `.npy` (with its `.ids.jsonl` and `.meta.json`) or `.jsonl` (with its `.meta.json`).
+        path: `.parquet`, `.lance`, `.npy` or `.faiss` (with `.ids.jsonl` and `.meta.json`), or `.jsonl` (with its
+            `.meta.json`).
         chunk_rows: Most rows in a piece.
 
     Raises:
         OutputError: When the file is absent, damaged, or was not written by `longclip-rt embed`.
+        InputError: When `chunk_rows` is below 1.
     """
-    path = Path(path)
+    if chunk_rows < 1:
+        raise InputError(f"chunk_rows must be at least 1; got {chunk_rows}.")
+    path = _path(path)
     metadata = read_metadata(path)
-    reader = {".parquet": _chunks_from_parquet, ".npy": _chunks_from_npy, ".jsonl": _chunks_from_jsonl}[path.suffix]
+    reader = _READERS[path.suffix]
     found = 0
     try:
         rows, dim = int(metadata["longclip_rt.rows"]), int(metadata["longclip_rt.dim"])
@@ -114,6 +121,10 @@ def load_embeddings(path: str | Path) -> Embeddings:
     return Embeddings(ids, kinds, vectors, metadata)
 
 
+def _path(given: str | Path) -> Path:
+    return path_from_argument(given, "An embeddings file", OutputError)
+
+
 def _damage() -> tuple[type[Exception], ...]:
     """What readers raise at a damaged file; Arrow's own errors without importing Arrow where nothing else did."""
     arrow = sys.modules.get("pyarrow")
@@ -137,6 +148,15 @@ def _metadata_from_parquet(path: Path) -> dict[str, str]:
         raise _refusal(path, f"it cannot be read as Parquet ({error})") from error
     # Arrow's own key, the schema, is of no use here.
     return {key.decode(): value.decode() for key, value in stored.items() if key.startswith(b"longclip_rt.")}
+
+
+def _metadata_from_lance(path: Path) -> dict[str, str]:
+    from longclip_rt.formats.lance import lance_metadata
+
+    try:
+        return lance_metadata(path)
+    except ValueError as error:
+        raise _refusal(path, f"it cannot be read as a Lance table ({error})") from error
 
 
 def _metadata_beside(path: Path) -> dict[str, str]:
@@ -165,23 +185,36 @@ _Chunks = Iterator[tuple[list[str], list[str], np.ndarray]]
 
 
 def _chunks_from_parquet(path: Path, chunk_rows: int, dim: int, metadata: dict[str, str]) -> _Chunks:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True) as table:
         for batch in table.iter_batches(batch_size=chunk_rows, columns=["id", "kind", "embedding"]):
-            vectors = batch.column("embedding")
-            # flatten() leaves nulls out, and so would shift the rows after one; and not .values: a batch may be a slice
-            # of its row group.
-            kind = vectors.type
-            if not (pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)):
-                raise ValueError(f"the column 'embedding' holds {kind}")
-            flat = vectors.flatten()
-            widths = [kind.list_size] if hasattr(kind, "list_size") else vectors.value_lengths().to_pylist()
-            if vectors.null_count or flat.null_count or any(width != dim for width in widths):
-                raise ValueError(f"a row has no vector of {dim} numbers")
-            matrix = flat.to_numpy(zero_copy_only=False).reshape(len(vectors), dim)
-            yield batch.column("id").to_pylist(), batch.column("kind").to_pylist(), matrix
+            yield _rows_of(batch, dim)
+
+
+def _rows_of(batch: Any, dim: int) -> tuple[list[str], list[str], np.ndarray]:
+    import pyarrow as pa
+
+    vectors = batch.column("embedding")
+    # flatten() leaves nulls out, and so would shift the rows after one; and not .values: a batch may be a slice of its
+    # row group.
+    kind = vectors.type
+    if not (pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        raise ValueError(f"the column 'embedding' holds {kind}")
+    flat = vectors.flatten()
+    widths = [kind.list_size] if hasattr(kind, "list_size") else vectors.value_lengths().to_pylist()
+    if vectors.null_count or flat.null_count or any(width != dim for width in widths):
+        raise ValueError(f"a row has no vector of {dim} numbers")
+    matrix = flat.to_numpy(zero_copy_only=False).reshape(len(vectors), dim)
+    return batch.column("id").to_pylist(), batch.column("kind").to_pylist(), matrix
+
+
+def _chunks_from_lance(path: Path, chunk_rows: int, dim: int, metadata: dict[str, str]) -> _Chunks:
+    from longclip_rt.formats.lance import lance_batches
+
+    for batch in lance_batches(path, chunk_rows):
+        for start in range(0, batch.num_rows, chunk_rows):
+            yield _rows_of(batch.slice(start, chunk_rows), dim)
 
 
 def _chunks_from_npy(path: Path, chunk_rows: int, dim: int, metadata: dict[str, str]) -> _Chunks:
@@ -200,6 +233,35 @@ def _chunks_from_npy(path: Path, chunk_rows: int, dim: int, metadata: dict[str, 
             raise ValueError(f"there are more ids than the {len(vectors)} vectors")
     _hold(numbers, metadata, "sha256", path)
     _hold(words, metadata, "ids_sha256", ids)
+
+
+def _chunks_from_faiss(path: Path, chunk_rows: int, dim: int, metadata: dict[str, str]) -> _Chunks:
+    from longclip_rt.formats.faiss import faiss_vectors
+
+    if metadata["longclip_rt.index"] == "ivf-pq":
+        raise OutputError(
+            f"{str(path)!r} is an IVF-PQ index, which holds codes and not the vectors: it can only be searched. Embed "
+            "to .parquet for the vectors."
+        )
+    rows = int(metadata["longclip_rt.rows"])
+    _hold_file(path, metadata)
+    words, start = hashlib.sha256(), 0
+    ids = path.with_suffix(".ids.jsonl")
+    with ids.open("rb") as lines:
+        for piece in faiss_vectors(path, chunk_rows, rows, dim, metadata["longclip_rt.dtype"]):
+            found = [json.loads(line) for line in _hashed(itertools.islice(lines, len(piece)), words)]
+            start += len(found)
+            if len(found) != len(piece):
+                raise ValueError(f"there are {start} ids for {rows} vectors")
+            yield [row["id"] for row in found], [row["kind"] for row in found], piece
+        if lines.read(1):
+            raise ValueError(f"there are more ids than the {rows} vectors")
+    _hold(words, metadata, "ids_sha256", ids)
+
+
+def _hold_file(path: Path, metadata: dict[str, str]) -> None:
+    with path.open("rb") as stream:
+        _hold(hashlib.file_digest(stream, "sha256"), metadata, "sha256", path)
 
 
 def _hashed(lines: Iterable[bytes], digest: Any) -> Iterator[bytes]:
@@ -236,10 +298,10 @@ def _chunks_from_jsonl(path: Path, chunk_rows: int, dim: int, metadata: dict[str
     dtype = metadata["longclip_rt.dtype"]
 
     def chunk() -> tuple[list[str], list[str], np.ndarray]:
-        vectors = np.array([row["embedding"] for row in rows])
-        if vectors.dtype.kind not in "fi":  # numpy would read numbers from strings
+        vectors = [row["embedding"] for row in rows]
+        if any(not set(map(type, vector)) <= {float, int} for vector in vectors):  # numpy reads strings and `true` too
             raise ValueError("a row's vector does not hold numbers alone")
-        return [row["id"] for row in rows], [row["kind"] for row in rows], vectors.astype(dtype)
+        return [row["id"] for row in rows], [row["kind"] for row in rows], np.array(vectors, dtype)
 
     digest = hashlib.sha256()
     with path.open("rb") as lines:
@@ -251,3 +313,12 @@ def _chunks_from_jsonl(path: Path, chunk_rows: int, dim: int, metadata: dict[str
     if rows:
         yield chunk()
     _hold(digest, metadata, "sha256", path)
+
+
+_READERS = {
+    ".parquet": _chunks_from_parquet,
+    ".npy": _chunks_from_npy,
+    ".jsonl": _chunks_from_jsonl,
+    ".lance": _chunks_from_lance,
+    ".faiss": _chunks_from_faiss,
+}

@@ -1,12 +1,14 @@
-"""The embeddings file: `.parquet`, `.npy` with ids, or `.jsonl`, assembled from shards without ever holding them all.
+"""The embeddings file: `.parquet`, `.npy` with ids, `.jsonl`, `.lance` or `.faiss`, assembled from shards.
 
-Equal shards and metadata give equal bytes: nothing here writes a time, a host or a random number.
+But for `.faiss`, they are never held all at once. But for `.lance`, equal shards and metadata give equal bytes: nothing
+here writes a time, a host or a random number.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +18,15 @@ import numpy as np
 
 from longclip_rt.errors import OutputError
 from longclip_rt.formats.embeddings import Embeddings, iter_embeddings, load_embeddings, read_metadata
+from longclip_rt.formats.faiss import write_faiss
+from longclip_rt.formats.ivf import MIN_PQ_ROWS, index_of
+from longclip_rt.formats.lance import write_lance
 from longclip_rt.system.files import sync_file
 
 __all__ = [
     "DTYPES",
     "FORMATS",
+    "INDEXES",
     "PREFIX",
     "Embeddings",
     "OutputFiles",
@@ -33,7 +39,13 @@ __all__ = [
     "write_table",
 ]
 
-FORMATS = (".parquet", ".npy", ".jsonl")
+logger = logging.getLogger("longclip_rt")
+
+FORMATS = (".parquet", ".npy", ".jsonl", ".lance", ".faiss")
+INDEXES = {".lance": ("flat", "ivf-pq"), ".faiss": ("flat", "hnsw", "ivf-pq")}
+"""What `.lance` and `.faiss` can be searched with; `flat` compares with every vector."""
+
+NAMES = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
 DTYPES = ("float32", "float16")
 PREFIX = "longclip_rt."
 # Digits that bring every value of the type back exactly.
@@ -45,9 +57,9 @@ class OutputFiles:
     """Names of the files that make up one output.
 
     Attributes:
-        main: The file that was asked for.
-        ids: `<stem>.ids.jsonl`, beside `.npy` only.
-        meta: `<stem>.meta.json`, beside `.npy` and `.jsonl`.
+        main: The file that was asked for; `.lance` is a folder.
+        ids: `<stem>.ids.jsonl`, beside `.npy` and `.faiss`.
+        meta: `<stem>.meta.json`, beside `.npy`, `.jsonl` and `.faiss`.
         rejects: `<main>.rejects.jsonl`, when there are any.
     """
 
@@ -65,11 +77,11 @@ class OutputFiles:
         """
         suffix = main.suffix
         if suffix not in FORMATS:
-            raise OutputError(f"{str(main)!r} ends with {suffix!r}. The output is {', '.join(FORMATS[:-1])} or .jsonl.")
+            raise OutputError(f"{str(main)!r} ends with {suffix!r}. The output is {NAMES}.")
         return OutputFiles(
             main,
-            main.with_suffix(".ids.jsonl") if suffix == ".npy" else None,
-            main.with_suffix(".meta.json") if suffix != ".parquet" else None,
+            main.with_suffix(".ids.jsonl") if suffix in (".npy", ".faiss") else None,
+            main.with_suffix(".meta.json") if suffix not in (".parquet", ".lance") else None,
             main.with_name(main.name + ".rejects.jsonl"),
         )
 
@@ -159,22 +171,81 @@ def write_output(
     dim: int,
     dtype: str,
     metadata: Mapping[str, str],
+    index: str = "flat",
 ) -> None:
     """Writes the files of an output, without the rejects, under their own names into `folder`, synced.
 
     Args:
         folder: An existing folder.
         files: Names to write; only the last component is used.
-        tables: Shards in order, each like `table_from_rows`.
+        tables: Shards in order, each like `table_from_rows`; read twice for an IVF-PQ index of FAISS.
         rows: Rows of all tables together.
         dim: Length of a vector.
         dtype: "float32" or "float16".
         metadata: Keys without `PREFIX`.
+        index: One of `INDEXES`, for `.lance` and `.faiss`; the metadata name the one that was built.
 
     Raises:
         OSError: When the disk refuses.
+        OutputError: A library that writes says so.
+        MissingExtraError: It is not installed.
     """
     stored = {PREFIX + key: value for key, value in metadata.items()}
+    if files.main.suffix in INDEXES:
+        built = index_of(index, rows)
+        if built != index:
+            logger.warning("%d rows are too few for %s, which takes %d: written as %s", rows, index, MIN_PQ_ROWS, built)
+        stored |= {PREFIX + "index": built}
+        _write_store(folder, files, tables, rows, dim, dtype, stored)
+    else:
+        _write_file(folder, files, tables, rows, dim, dtype, stored)
+    if files.meta is None:
+        return
+    stored |= {PREFIX + "sha256": _hash(folder / files.main.name)}
+    if files.ids is not None:
+        stored |= {PREFIX + "ids_sha256": _hash(folder / files.ids.name)}
+    with (folder / files.meta.name).open("wb") as stream:
+        stream.write(json.dumps(stored, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+        sync_file(stream)
+
+
+def _write_store(
+    folder: Path,
+    files: OutputFiles,
+    tables: Iterable[Any],
+    rows: int,
+    dim: int,
+    dtype: str,
+    stored: Mapping[str, str],
+) -> None:
+    """A Lance table, or a FAISS index with its ids."""
+    target, index = folder / files.main.name, stored[PREFIX + "index"]
+    if files.ids is None:
+        columns = schema(dim, dtype).with_metadata(_encoded(stored))
+        write_lance(target, tables, columns, rows=rows, dim=dim, index=index)
+        return
+
+    def vectors() -> Iterable[np.ndarray]:
+        return (_vectors(table, dtype, dim) for table in tables)
+
+    write_faiss(target, vectors, rows=rows, dim=dim, dtype=dtype, index=index)
+    with target.open("rb") as stream:
+        sync_file(stream)
+    with (folder / files.ids.name).open("wb") as ids:
+        for table in tables:
+            _write_ids(ids, table)
+        sync_file(ids)
+
+
+def _write_file(
+    folder: Path,
+    files: OutputFiles,
+    tables: Iterable[Any],
+    rows: int,
+    dim: int,
+    dtype: str,
+    stored: Mapping[str, str],
+) -> None:
     with (folder / files.main.name).open("wb") as stream:
         if files.main.suffix == ".parquet":
             _write_parquet(stream, tables, dim, dtype, stored)
@@ -187,14 +258,6 @@ def write_output(
                 _write_npy(stream, ids, tables, rows, dim, dtype)
                 sync_file(ids)
         sync_file(stream)
-    if files.meta is None:
-        return
-    stored |= {PREFIX + "sha256": _hash(folder / files.main.name)}
-    if files.ids is not None:
-        stored |= {PREFIX + "ids_sha256": _hash(folder / files.ids.name)}
-    with (folder / files.meta.name).open("wb") as stream:
-        stream.write(json.dumps(stored, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
-        sync_file(stream)
 
 
 def _hash(path: Path) -> str:
@@ -202,10 +265,13 @@ def _hash(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def _encoded(metadata: Mapping[str, str]) -> dict[bytes, bytes]:
+    return {key.encode(): value.encode("utf-8", "backslashreplace") for key, value in metadata.items()}
+
+
 def _write_parquet(stream: BinaryIO, tables: Iterable[Any], dim: int, dtype: str, metadata: Mapping[str, str]) -> None:
     """One row group a shard."""
-    encoded = {key.encode(): value.encode("utf-8", "backslashreplace") for key, value in metadata.items()}
-    with _parquet_writer(stream, schema(dim, dtype).with_metadata(encoded)) as writer:
+    with _parquet_writer(stream, schema(dim, dtype).with_metadata(_encoded(metadata))) as writer:
         for table in tables:
             if table.num_rows:
                 writer.write_table(table, row_group_size=table.num_rows)
@@ -234,5 +300,9 @@ def _write_npy(stream: BinaryIO, ids: BinaryIO, tables: Iterable[Any], rows: int
     np.lib.format.write_array_header_1_0(stream, header)
     for table in tables:
         stream.write(np.ascontiguousarray(_vectors(table, dtype, dim), dtype=little_endian).tobytes())
-        for row in table.drop_columns(["embedding"]).to_pylist():
-            ids.write(json_line(row))
+        _write_ids(ids, table)
+
+
+def _write_ids(ids: BinaryIO, table: Any) -> None:
+    for row in table.drop_columns(["embedding"]).to_pylist():
+        ids.write(json_line(row))

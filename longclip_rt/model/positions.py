@@ -42,10 +42,15 @@ def stretch_positions(table: Table, keep: int = KEPT_ROWS, ratio: int = STRETCH_
         The table [keep + ratio * (n - keep), W], float32, of the kind (and on the device) that was given.
 
     Raises:
-        WeightsError: The table is not two-dimensional, or has fewer than keep + 2 rows: the edge needs two.
+        WeightsError: The table is no array of numbers, is not two-dimensional, or has fewer than keep + 2 rows: the
+            edge needs two.
     """
-    if keep < 0 or ratio < 1:
-        raise WeightsError(f"Stretching needs keep >= 0 and ratio >= 1; got keep={keep} and ratio={ratio}.")
+    if not isinstance(keep, int) or not isinstance(ratio, int) or keep < 0 or ratio < 1:
+        raise WeightsError(
+            f"Stretching needs whole numbers keep >= 0 and ratio >= 1; got keep={keep!r} and ratio={ratio!r}."
+        )
+    if not hasattr(table, "ndim"):
+        raise WeightsError(f"A position table is a numpy array or a torch tensor; got {type(table).__name__}.")
     if table.ndim != 2 or table.shape[0] < keep + 2:
         raise WeightsError(
             f"A position table to stretch has the shape [rows, width] with at least {keep + 2} rows "
@@ -86,10 +91,11 @@ def fold_positions(base: Table, res: Table, keep: int = KEPT_ROWS) -> Table:
 
 
 def _float32(table: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
-    if isinstance(table, np.ndarray):
-        return table.astype(np.float32, copy=False)
-    array: np.ndarray[Any, np.dtype[np.float32]] = table.detach().float().cpu().numpy()
-    return array
+    try:
+        given = table if isinstance(table, np.ndarray) else table.detach().float().cpu().numpy()
+        return np.asarray(given).astype(np.float32, casting="same_kind", copy=False)
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise WeightsError(f"A position table holds real numbers; got one of {table.dtype} ({error}).") from error
 
 
 def _like(rows: np.ndarray[Any, np.dtype[np.float32]], table: Any) -> Any:

@@ -116,6 +116,8 @@ class ImageTransform:
         Raises:
             InputError: Another shape or dtype.
         """
+        if not isinstance(crops, np.ndarray):
+            raise InputError(f"Crops must be one numpy array, uint8 [B, H, W, 3]; got {type(crops).__name__}.")
         if crops.dtype != np.uint8 or crops.ndim != 4 or crops.shape[3] != 3:
             raise InputError(f"Crops of {crops.dtype} {list(crops.shape)} were given; expected uint8 [B, H, W, 3].")
         pixels = np.empty((crops.shape[0], 3, *crops.shape[1:3]), np.float32)

@@ -243,12 +243,13 @@ class Tokenizer:
         return ids
 
 
-def pad_tokens(tokens: Sequence[npt.NDArray[np.int32]], length: int) -> npt.NDArray[np.int32]:
-    """Stacks token sequences into one array, padded with 0 on the right.
+def pad_tokens(tokens: Sequence[npt.NDArray[np.int32]], length: int, pad_id: int = PAD_ID) -> npt.NDArray[np.int32]:
+    """Stacks token sequences into one array, padded on the right.
 
     Args:
         tokens: B sequences, int32 [n_i].
         length: Columns of the result, at least the longest n_i.
+        pad_id: What pads.
 
     Returns:
         int32 [B, length].
@@ -256,7 +257,7 @@ def pad_tokens(tokens: Sequence[npt.NDArray[np.int32]], length: int) -> npt.NDAr
     Raises:
         InputError: A sequence is longer than `length`.
     """
-    padded = np.full((len(tokens), length), PAD_ID, np.int32)
+    padded = np.full((len(tokens), length), pad_id, np.int32)
     for index, ids in enumerate(tokens):
         if len(ids) > length:
             raise InputError(f"Token sequence {index} has {len(ids)} ids, which do not fit into {length} columns.")

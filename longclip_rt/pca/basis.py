@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from longclip_rt.choices import PCA_MODES
 from longclip_rt.errors import PcaError
 from longclip_rt.metrics import unit_rows
-from longclip_rt.system.files import output_errors, sha256_of_json, whole_file
+from longclip_rt.system.files import output_errors, path_from_argument, sha256_of_json, whole_file
 
 Float64 = NDArray[np.float64]
 Kind = Literal["text", "image"]
@@ -223,6 +223,7 @@ def load_pca(path: str | Path) -> Pca:
     """
     from safetensors import SafetensorError, safe_open
 
+    path = path_from_argument(path, "A PCA", PcaError)
     try:
         with safe_open(str(path), framework="numpy") as file:
             about = json.loads((file.metadata() or {}).get(_KEY, "null"))

@@ -21,7 +21,8 @@ from longclip_rt.search.page import (
 from longclip_rt.version import __version__
 
 if TYPE_CHECKING:
-    from longclip_rt.search.nearest import Answer, Hit
+    from longclip_rt.search.hits import Hit
+    from longclip_rt.search.nearest import Answer
 
 
 def save_gallery(answer: Answer, target: str | Path) -> None:
@@ -60,6 +61,8 @@ def _warning(answer: Answer) -> str:
 def _header(answer: Answer) -> str:
     count = len(answer.hits)
     found = f"{count or 'no'} nearest {'neighbour' if count == 1 else 'neighbours'} in {escaped(answer.path.name)}"
+    if answer.index:
+        found += f" · approximate, by the {answer.index} index"
     if answer.truncated:
         found += f" · the query has {answer.tokens} tokens, and only its beginning was used"
     size = ' class="long"' if len(answer.query) > 160 else ""

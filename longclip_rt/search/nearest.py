@@ -1,4 +1,4 @@
-"""Exact nearest neighbours of one text or image among stored embeddings, read in one streaming pass."""
+"""Nearest neighbours of one text or image among stored embeddings: exact in one streaming pass, or by an index."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from longclip_rt.errors import BundleError, InputError, OutputError, PcaError
+from longclip_rt.search.hits import Hit, unit_vector
+from longclip_rt.search.indexed import approximate_index, search_index
 from longclip_rt.system.closing import closed_after
 from longclip_rt.system.files import has_image_suffix
 
@@ -27,25 +29,6 @@ CHUNK_ROWS = 8192
 
 
 @dataclass(frozen=True, slots=True)
-class Hit:
-    """One stored embedding that was found.
-
-    Attributes:
-        rank: From 1.
-        score: Cosine similarity with the query, in [-1, 1].
-        id: The input line it came from.
-        kind: "image" or "text".
-        row: Its row in the file, from 0.
-    """
-
-    rank: int
-    score: float
-    id: str
-    kind: str
-    row: int
-
-
-@dataclass(frozen=True, slots=True)
 class Answer:
     """What a query found, and with which model.
 
@@ -58,6 +41,7 @@ class Answer:
         embedder: `Embedder.describe()` of the model that embedded the query.
         tokens: Tokens of a text query before truncation; 0 for an image.
         truncated: Whether the query was longer than the model's context.
+        index: The index that was asked, such as `hnsw`, whose answer is approximate; empty: the answer is exact.
     """
 
     query: str
@@ -68,6 +52,7 @@ class Answer:
     embedder: dict[str, str] = field(default_factory=dict)
     tokens: int = 0
     truncated: bool = False
+    index: str = ""
 
     @property
     def trained(self) -> bool:
@@ -103,7 +88,7 @@ def search(
 
     if k < 1:
         raise InputError(f"k is {k}; ask for at least 1 hit.")
-    direction = _unit_vector(query)
+    direction = unit_vector(query)
     best: list[tuple[float, int, str, str]] = []  # (-score, row, id, kind), sorted
     row = 0
     for chunk in iter_embeddings(path, chunk_rows):
@@ -124,6 +109,7 @@ def search_query(
     backend: str = "auto",
     precision: str = "auto",
     pca: str | Path | Pca | None = None,
+    exact: bool = False,
 ) -> Answer:
     """Embeds a text or an image with the model that made the file, and searches the file for it.
 
@@ -137,6 +123,7 @@ def search_query(
         backend: As in `Embedder.from_bundle`.
         precision: As in `Embedder.from_bundle`.
         pca: The PCA that made the file, or its own file; None takes the bundle's where the embeddings are PCA vectors.
+        exact: Compares with every vector though the file has an index; one of codes (FAISS's `ivf-pq`) has none.
 
     Raises:
         BundleError: The model that made the file is not here, or `bundle` is another one.
@@ -162,8 +149,9 @@ def search_query(
             tokens, truncated = encoded.length, encoded.truncated
             vector = embedder.encode_tokens(encoded.ids[None])[0]
         described = embedder.describe()
-    hits = search(path, vector, k, kinds)
-    return Answer(query, query_kind, hits, Path(path), metadata, described, tokens, truncated)
+    index = "" if exact else approximate_index(metadata)
+    hits = search_index(path, vector, k, kinds, metadata) if index else search(path, vector, k, kinds)
+    return Answer(query, query_kind, hits, Path(path), metadata, described, tokens, truncated, index)
 
 
 def kind_of_query(query: str) -> Kind:
@@ -256,14 +244,6 @@ def _with_pca_of(path: str | Path, metadata: dict[str, str], embedder: Embedder,
 
 def _pca_name(metadata: dict[str, str]) -> str:
     return f"{metadata['longclip_rt.pca'][:12]} (K = {metadata.get('longclip_rt.pca_k', 'unknown')})"
-
-
-def _unit_vector(query: NDArray[np.floating]) -> NDArray[np.float64]:
-    vector = np.asarray(query, np.float64)
-    norm = float(np.linalg.norm(vector)) if vector.ndim == 1 else 0.0
-    if vector.ndim != 1 or not np.isfinite(norm) or norm == 0.0:
-        raise InputError(f"The query must be one finite vector other than zero; its shape is {list(vector.shape)}.")
-    return vector / norm
 
 
 def _best_of_chunk(

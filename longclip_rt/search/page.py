@@ -187,11 +187,16 @@ def _on_white(image: Image.Image) -> Image.Image:
     return image
 
 
-def data_uri(image: Image.Image) -> str:
-    """A picture as the address of an image, JPEG."""
+def jpeg(image: Image.Image) -> bytes:
+    """A picture as a JPEG file."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=82)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return buffer.getvalue()
+
+
+def data_uri(image: Image.Image) -> str:
+    """A picture as the address of an image, JPEG."""
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg(image)).decode("ascii")
 
 
 def number(score: float) -> str:

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from longclip_rt.errors import OutputError
+from longclip_rt.errors import LongClipError, OutputError
 
 _CHUNK = 1 << 20
 _IMAGE_SUFFIX = re.compile(r"\.(jpe?g|jpe|jfif|png|gif|bmp|webp|tiff?|p[bgpn]m|jp2|avif|tga|ico)")
+_LONGEST_PATH = 4096  # bytes, Linux's limit; others have lower ones
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
@@ -44,6 +45,30 @@ def output_errors(target: Path) -> Iterator[None]:
         else:
             advice = "Choose another place."
         raise OutputError(f"{str(target)!r} cannot be written: {reason}. {advice}") from error
+
+
+def path_from_argument(value: object, what: str, refusal: type[LongClipError]) -> Path:
+    """The path that a caller gave.
+
+    Args:
+        value: What was given.
+        what: What it should name, for the message.
+        refusal: What is raised.
+
+    Raises:
+        LongClipError: As `refusal`, when it is no path.
+    """
+    try:
+        path = Path(value)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise refusal(f"{what} is named by a str or a Path; got {type(value).__name__}.") from error
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise refusal(f"{what} is named by a path; {str(path)!r} is not valid Unicode.") from error
+    if b"\0" in encoded or len(encoded) > _LONGEST_PATH:
+        raise refusal(f"{what} is named by a path; {str(path)[:60]!r}... holds a NUL, or is longer than any.")
+    return path
 
 
 def tells_of_system(error: OSError) -> bool:

@@ -143,8 +143,7 @@ class TensorrtBackend(Backend):
                 f"The {tower} engine has no output {', '.join(missing)}; it has {', '.join(runner.outputs)}. Build it "
                 "again with: longclip-rt engine build"
             )
-        kind = np.int32 if INPUT_NAMES[tower] == "input_ids" else np.float32
-        return runner.run(np.ascontiguousarray(inputs, kind), outputs)
+        return runner.run(inputs, outputs)
 
     def _close(self) -> None:
         """Waits for what is in flight, and lets go of the GPU's memory. The next call opens the engines again."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Format = Literal["longclip", "huggingface", "open_clip"]
 
-_START, _END = "<|startoftext|>", "<|endoftext|>"
+START_NAME, END_NAME = "<|startoftext|>", "<|endoftext|>"
 
 
 def save_converted(checkpoint: Checkpoint, target: Path, format: Format) -> Path:
@@ -122,25 +122,25 @@ def _write_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
         },
     )
     description = tokenizer_json(architecture.context_length, architecture.vocab_size)
-    _write_text(folder / "tokenizer.json", _with_openai_names(description))
+    _write_text(folder / "tokenizer.json", with_openai_names(description))
     _write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "CLIPTokenizer",
             "model_max_length": architecture.context_length,
-            "bos_token": _START,
-            "eos_token": _END,
-            "unk_token": _END,
+            "bos_token": START_NAME,
+            "eos_token": END_NAME,
+            "unk_token": END_NAME,
             # As in every CLIP on the hub; the reference pads with 0. What follows the first EOT reaches no embedding.
-            "pad_token": _END,
+            "pad_token": END_NAME,
         },
     )
 
 
-def _with_openai_names(description: str) -> str:
+def with_openai_names(description: str) -> str:
     """A tokenizer.json whose two special tokens are called as in OpenAI's vocabulary, of which transformers knows."""
     # The names stand in quotes wherever they are tokens; the pattern that splits text holds them without.
-    for ours, theirs in ((START, _START), (END, _END)):
+    for ours, theirs in ((START, START_NAME), (END, END_NAME)):
         description = description.replace(json.dumps(ours), json.dumps(theirs))
     return description
 

@@ -124,3 +124,4 @@ def test_bound_inputs_and_outputs_give_the_same_vectors(tiny_bundle: Path) -> No
         ):
             assert one.dtype == np.float32
             np.testing.assert_allclose(one, other, atol=1e-5)
+        assert list(bound.timed(tower, inputs)) == ["copy in", "encoder", "copy out"]

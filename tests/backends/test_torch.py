@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,19 @@ class Uncaptured(StaticTowers):
     def _recorded(self) -> Callable[[], object]:
         return lambda: None
 
+    def _event(self) -> Any:
+        return Moment(time.perf_counter())
+
+
+@dataclass
+class Moment:
+    """In the place of a CUDA event."""
+
+    at: float
+
+    def elapsed_time(self, later: Moment) -> float:
+        return 1e3 * (later.at - self.at)
+
 
 def uncaptured(path: Path) -> tuple[TorchBackend, Uncaptured]:
     backend = TorchBackend(load_bundle(path), "fp32")
@@ -91,6 +106,18 @@ def test_padding_changes_no_vector(
             if got.ndim == 2:
                 np.testing.assert_allclose(got, wanted, atol=1e-5)
     assert static.shapes == [(tower, shape) for shape in shapes]
+
+
+def test_stages_are_told_apart_on_a_gpu_and_add_up(tiny_bundle: Path) -> None:
+    backend, static = uncaptured(tiny_bundle)
+    ids = token_ids([5] * 300, width=9).numpy()  # two pieces
+    backend.timed("text", ids)
+    started = time.perf_counter()
+    seconds = backend.timed("text", ids)
+    assert list(seconds) == ["copy in", "encoder", "copy out"]
+    assert 0 < sum(seconds.values()) <= time.perf_counter() - started
+    assert static.shapes == [("text", (256, 32)), ("text", (64, 32))]
+    assert list(TorchBackend(load_bundle(tiny_bundle), "fp32").timed("text", ids)) == ["encoder"]
 
 
 def test_crops_become_the_same_pixels_where_the_tower_runs(tiny_bundle: Path) -> None:

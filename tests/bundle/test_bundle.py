@@ -178,6 +178,21 @@ def test_the_default_is_the_newest_and_can_be_found_by_its_hash(tiny_bundle: Pat
     assert find_bundle("0" * 64) is None
 
 
+def test_a_newest_bundle_that_is_damaged_is_passed_over_whatever_its_size(
+    tiny_bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, stamp in (("older", 1), ("newer", 2)):
+        directory = shutil.copytree(tiny_bundle, bundles_home() / name)
+        os.utime(directory / "bundle.json", (stamp, stamp))
+    file = bundles_home() / "newer" / "text.onnx"
+    content = file.read_bytes()
+    for damaged in (content[:-1], content[:-1] + bytes([content[-1] ^ 1])):
+        caplog.clear()
+        file.write_bytes(damaged)
+        assert default_bundle().path.name == "older"
+        assert "passed over a bundle" in caplog.text and "text.onnx" in caplog.text
+
+
 def test_the_built_in_model_is_the_last_known(tiny_bundle: Path, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundles, "BUILT_IN", copy)
     assert default_bundle().path == copy

@@ -108,7 +108,7 @@ def test_a_slip_shows_before_a_model_is_loaded(loaded):
     ("arguments", "message"),
     [
         ([], "Missing argument 'FILE...'"),
-        (["texts.txt", "-o", "out.csv"], "'out.csv' should end with .parquet, .npy or .jsonl"),
+        (["texts.txt", "-o", "out.csv"], "'out.csv' should end with .parquet, .npy, .jsonl, .lance or .faiss"),
         (["texts.txt", "--workers", "0"], "0 is not in the range"),
         (["texts.txt", "--backend", "magic"], "'magic' is not one of"),
         (["texts.txt", "--dtype", "float64"], "'float64' is not one of"),

@@ -16,7 +16,7 @@ from longclip_rt.embedding import flow
 from longclip_rt.embedding.inputs.entries import Entry
 from longclip_rt.embedding.pipeline import EmbedOptions, plan_embedding, shards_from_entries
 from longclip_rt.errors import BackendError, InputError, OutputError
-from longclip_rt.formats.outputs import load_embeddings
+from longclip_rt.formats.outputs import FORMATS, load_embeddings
 from longclip_rt.model.preprocess import ImageTransform
 
 
@@ -88,7 +88,7 @@ def test_metadata_tells_what_made_the_file():
     assert len(metadata["longclip_rt.fingerprint"]) == 64
 
 
-@pytest.mark.parametrize("suffix", [".parquet", ".npy", ".jsonl"])
+@pytest.mark.parametrize("suffix", FORMATS)
 def test_half_precision_rounds_the_vectors(suffix):
     embed("full.parquet")
     embed("half" + suffix, dtype="float16")

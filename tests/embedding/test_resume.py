@@ -16,7 +16,7 @@ from fake_embedder import FakeEmbedder
 from PIL import Image
 
 from longclip_rt.embedding.workspace import Workspace
-from longclip_rt.errors import BackendError, InputError, OutputError, ResumeError
+from longclip_rt.errors import BackendError, InputError, MissingExtraError, OutputError, ResumeError
 from longclip_rt.formats.outputs import OutputFiles, load_embeddings
 
 
@@ -405,3 +405,63 @@ def test_a_complete_output_that_was_not_yet_moved_to_its_place_is_that_of_its_fi
 
 def _stopped(workspace: Workspace) -> None:
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("suffix", [".lance", ".faiss"])
+def test_stores_resume_and_are_replaced_whole(suffix):
+    class Stopping(Stop):
+        def advance(self, entries):
+            if Path(f"out{suffix}.parts/000001.json").exists():
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        embed(f"out{suffix}", progress=Stopping(0, KeyboardInterrupt()))
+    assert not Path(f"out{suffix}").exists()
+    # The index is built at the end, so that another one may be chosen for begun work.
+    report = embed(f"out{suffix}", index="ivf-pq")
+    assert 0 < report.embedded < report.totals.entries
+    embed("whole.parquet")
+    whole, stored = load_embeddings("whole.parquet"), load_embeddings(f"out{suffix}")
+    assert stored.ids == whole.ids and stored.kinds == whole.kinds
+    np.testing.assert_array_equal(stored.vectors, whole.vectors)
+    assert embed(f"out{suffix}", index="ivf-pq").embedded == 0
+    with pytest.raises(OutputError, match="exists already"):
+        embed(f"out{suffix}", dtype="float16", index="ivf-pq")
+    embed(f"out{suffix}", dtype="float16", overwrite=True)
+    assert load_embeddings(f"out{suffix}").vectors.dtype == np.float16
+    assert not Path(f"out{suffix}.parts").exists()
+
+
+def test_a_table_that_is_replaced_survives_a_stop_in_between():
+    embed("out.lance")
+    replace = Path.replace
+
+    def stopped(self, target):
+        if self.name == "out.lance" and self.parent.name == "ready":
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", stopped)
+        embed("out.lance", dtype="float16", overwrite=True)
+    assert not Path("out.lance").exists() and Path("out.lance.parts/replaced").is_dir()
+    assert embed("out.lance", dtype="float16", overwrite=True).embedded == 0
+    assert load_embeddings("out.lance").vectors.dtype == np.float16
+    assert not Path("out.lance.parts").exists()
+
+
+def test_indexes_belong_to_stores_and_folders_of_others_stay(monkeypatch):
+    with pytest.raises(OutputError, match=r"takes no index 'hnsw'. Name one that ends with \.faiss\."):
+        embed("out.lance", index="hnsw")
+    with pytest.raises(OutputError, match=r"ends with \.lance or \.faiss"):
+        embed("out.parquet", index="ivf-pq")
+    with pytest.raises(OutputError, match=r"Choose one of flat, hnsw, ivf-pq"):
+        embed("out.faiss", index="tree")
+    Path("mine.lance").mkdir()
+    Path("mine.lance/letter.txt").write_text("dear all")
+    with pytest.raises(OutputError, match="is a folder"):
+        embed("mine.lance", overwrite=True)
+    monkeypatch.setitem(sys.modules, "lance", None)
+    with pytest.raises(MissingExtraError, match=r"longclip-rt\[lance\]"):
+        embed("out.lance")
+    assert not Path("out.lance.parts").exists()

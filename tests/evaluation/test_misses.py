@@ -16,6 +16,7 @@ from longclip_rt.evaluation.models import Made
 from longclip_rt.evaluation.retrieval import retrieve
 from longclip_rt.evaluation.retrieval_run import RetrievalReport
 from longclip_rt.evaluation.vectors import Embedded
+from longclip_rt.metrics import Places
 
 MODEL = BUILT_IN
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -50,6 +51,12 @@ def test_the_page_shows_what_was_chosen_and_what_was_right(report: RetrievalRepo
     (picture_one,) = [card for card in cards[2:] if 'alt="b &amp; c"' in card]
     assert "<mark>" in picture_one.partition("<b>Right</b>, place 2")[0] and "one &lt;b&gt;" in picture_one
     assert page_of_misses(report, 1).count('<li class="miss') == 2
+
+
+def test_the_worst_come_first_and_hits_not_at_all() -> None:
+    above = np.array([0, 3, 1, 7])
+    same, score = np.zeros(4, int), np.ones(4)
+    assert worst(Places(above, same, score, same, same, score), 2).tolist() == [3, 1]
 
 
 def test_words_beyond_clips_tokens_are_marked_and_unread_ones_struck_out(report: RetrievalReport) -> None:

@@ -173,11 +173,13 @@ def test_published_rows_stand_beside_and_are_marked(tmp_path: Path) -> None:
     assert "published (second-hand): LLM2CLIP" in report.as_csv()
 
 
-def test_flickr30k_is_published_on_all_of_it_and_on_a_thousand() -> None:
-    assert {row.images for row in published_for("karpathy", "x/dataset_flickr30k.json", 1000)} == {1000}
+def test_flickr30k_is_published_on_all_of_it_and_on_a_thousand(tmp_path: Path) -> None:
+    assert {row.images for row in published_for("karpathy", "dataset_flickr30k.json", 1000)} == {1000}
     assert {row.images for row in published_for("flickr", "x.token", 31014)} == {31783}
-    assert {row.kind for row in published_for("karpathy", "x/dataset_coco.json", 5000)} == {"coco"}
+    assert {row.kind for row in published_for("karpathy", "dataset_coco.json", 5000)} == {"coco"}
     assert published_for("table", "x", 5) == ()
+    (tmp_path / "dataset_flickr30k.json").touch()
+    assert DataName("karpathy", str(tmp_path)).file_name == "dataset_flickr30k.json"
 
 
 def test_what_a_model_is_called() -> None:

@@ -78,7 +78,8 @@ def test_the_manifest_tells_what_the_bundle_is(tiny_bundle: Path, tiny_weights: 
     manifest = load_bundle(tiny_bundle).manifest
     assert manifest["source"]["weights"] == str(tiny_weights)
     assert manifest["image"]["size"] == 24
-    assert manifest["outputs"]["text"] == ["text_embeds", "pooler_output", "hidden_states.-2"]
+    states = ["last_hidden_state", "hidden_states.-2", "hidden_states.-3"]
+    assert manifest["outputs"]["text"] == ["text_embeds", "pooler_output", *states]
     assert manifest["outputs"]["image"] == ["image_embeds", "pooler_output", "last_hidden_state"]
     assert manifest["tools"]["torch"] == torch.__version__.partition("+")[0]
     parity = manifest["parity"]

@@ -176,10 +176,12 @@ def test_what_is_no_array_is_damage(content: bytes, tmp_path: Path) -> None:
         load_embeddings(path)
 
 
-def test_numbers_in_quotes_are_damage(tmp_path: Path) -> None:
+@pytest.mark.parametrize("odd", [str, lambda number: True, lambda number: None, lambda number: [number]])
+def test_what_is_no_number_among_numbers_is_damage(odd: Callable[[float], object], tmp_path: Path) -> None:
     path = write_embeddings(tmp_path / "e.jsonl", correlated(ROWS, DIM))
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    rows[2]["embedding"] = [str(value) for value in rows[2]["embedding"]]
+    rows[2]["embedding"][0] = odd(rows[2]["embedding"][0])
+    forget_hashes(path)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(OutputError, match="does not hold numbers alone"):
         load_embeddings(path)

@@ -13,6 +13,7 @@ from sklearn.decomposition import PCA
 
 from longclip_rt.commands.pca import pca as command
 from longclip_rt.errors import MissingExtraError, OutputError, PcaError
+from longclip_rt.formats.outputs import FORMATS
 from longclip_rt.pca import fit as pca_fit
 from longclip_rt.pca.basis import load_pca
 from longclip_rt.pca.fit import FitOptions, Moments, fit_pca
@@ -36,7 +37,7 @@ def test_pieces_give_what_scikit_learn_gives_of_the_whole(chunk: int, offset: fl
     assert all(column[np.abs(column).argmax()] > 0 for column in basis.components.T)
 
 
-@pytest.mark.parametrize("suffix", [".parquet", ".npy", ".jsonl"])
+@pytest.mark.parametrize("suffix", FORMATS)
 def test_the_pca_written_is_fitted_to_every_row_of_the_file(
     tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

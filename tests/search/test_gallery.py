@@ -14,7 +14,8 @@ from PIL import Image
 
 from longclip_rt.errors import OutputError
 from longclip_rt.search.gallery import page_from_answer, save_gallery
-from longclip_rt.search.nearest import Answer, Hit
+from longclip_rt.search.hits import Hit
+from longclip_rt.search.nearest import Answer
 from longclip_rt.search.page import THUMBNAIL_PIXELS
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -17,8 +17,9 @@ from click.testing import CliRunner, Result
 from longclip_rt.commands.search import search as command
 from longclip_rt.errors import BundleError, InputError, OutputError
 from longclip_rt.formats.embeddings import Embeddings
-from longclip_rt.formats.outputs import OutputFiles, table_from_rows, write_output
-from longclip_rt.search.nearest import Hit, kind_of_query, search, search_query
+from longclip_rt.formats.outputs import FORMATS, OutputFiles, table_from_rows, write_output
+from longclip_rt.search.hits import Hit
+from longclip_rt.search.nearest import kind_of_query, search, search_query
 
 PHOTO = Path(__file__).parents[2] / "examples" / "photos" / "coffee.jpg"
 BUNDLE = "ab12" * 16
@@ -43,6 +44,7 @@ def write(
         dim=vectors.shape[1],
         dtype=str(vectors.dtype),
         metadata=facts,
+        index=facts.pop("index", "flat"),
     )
     return path
 
@@ -52,7 +54,7 @@ def unit_vectors(rows: int, dim: int = DIM, seed: int = 0, dtype: Any = np.float
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(dtype)
 
 
-@pytest.mark.parametrize("suffix", [".parquet", ".npy", ".jsonl"])
+@pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("chunk_rows", [1, 7, 1000])
 def test_hits_are_the_largest_cosines(tmp_path: Path, suffix: str, chunk_rows: int) -> None:
     vectors = unit_vectors(50)
@@ -354,3 +356,16 @@ def test_help_has_examples_and_loads_nothing_heavy() -> None:
     heavy = "import sys, longclip_rt.commands.search; print(*{'numpy', 'pyarrow', 'PIL', 'torch'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize(("suffix", "index"), [(".lance", "flat"), (".faiss", "flat"), (".faiss", "hnsw")])
+def test_command_says_whether_the_answer_is_exact(
+    tmp_path: Path, suffix: str, index: str, embedder: type[FakeEmbedder]
+) -> None:
+    path = write(tmp_path / f"e{suffix}", np.eye(4, DIM, dtype=np.float32), index=index)
+    result, exact = run(path, "dogs", "--html", tmp_path / "page.html"), run(path, "dogs", "--exact")
+    assert "Exact: compared with every vector." in exact.stderr
+    assert result.stdout == exact.stdout
+    told = "Exact:" if index == "flat" else f"Approximate: found by the {index} index"
+    assert told in result.stderr
+    assert ("approximate, by the hnsw index" in (tmp_path / "page.html").read_text("utf-8")) == (index == "hnsw")
