@@ -98,7 +98,7 @@ def pca_bundle(tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     pca, texts = folder / "pca.safetensors", gate.parity_texts
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gate, "parity_texts", lambda tokenizer: texts(tokenizer)[::6])
-        patch.setattr(exporter, "_runtimes", lambda fp16: [("onnxruntime", "fp32")])  # the others have their own tests
+        patch.setattr(exporter, "_runtimes", lambda *_: [("onnxruntime", "fp32")])  # the others have their own tests
         options = exporter.ExportOptions(str(tiny_weights), folder / "bundle", True, pca=pca, pca_in_engine=True)
         exporter.export_bundle(options)
     return folder / "bundle"

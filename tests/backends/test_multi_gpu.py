@@ -166,7 +166,7 @@ def test_a_gpu_that_fails_its_self_check_is_closed_and_passed_over(
         open_backend(bundle, "tensorrt", devices=[0, 1])
     assert [card.closed for card in cards[2:]] == [1, 1]
     monkeypatch.setattr(Card, "stuck", False)
-    with pytest.raises(BackendError, match=r"each once, such as .*; got \[0, 0\]"):
+    with pytest.raises(BackendError, match=r"each once; got \[0, 0\]"):
         open_backend(bundle, "tensorrt", devices=[0, 0])
     with pytest.raises(BackendError, match=r"cannot be used.*runs on the CPU"):
         open_backend(bundle, "openvino", devices=[0])

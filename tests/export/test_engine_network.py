@@ -138,5 +138,5 @@ def test_inputs_and_outputs_are_of_the_types_that_the_runtime_takes(tiny_bundle:
     assert [network.get_input(index).dtype.name for index in range(network.num_inputs)] == [given]
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
     assert tuple(output.name for output in outputs) == load_bundle(tiny_bundle).outputs(tower)
-    assert {output.dtype.name for output in outputs} == {"FLOAT"} and len(outputs) == 3
+    assert {output.dtype.name for output in outputs} == {"FLOAT"} and len(outputs) >= 3
     assert all(output.shape[0] == -1 for output in outputs)
