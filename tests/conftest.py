@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,18 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setattr("longclip_rt.bundle.bundle.BUILT_IN", cache / "no built-in model")
     return cache
+
+
+@pytest.fixture(autouse=True)
+def own_logger() -> Iterator[None]:
+    """The package's messages reach each test, whatever a test or a library before it did to loggers."""
+    logger = logging.getLogger("longclip_rt")
+    before = (logger.level, logger.propagate, logger.disabled, logging.root.manager.disable)
+    yield
+    found = (logger.level, logger.propagate, logger.disabled, logging.root.manager.disable)
+    logger.level, logger.propagate, logger.disabled, logging.root.manager.disable = before
+    logger.manager._clear_cache()  # type: ignore[attr-defined]
+    assert found[1:] == before[1:], f"a test left the package's logger with {found}, and it was {before}"
 
 
 @pytest.fixture(scope="session")
