@@ -111,7 +111,7 @@ def serve(
         connections=bounds["max_requests"],
         wait_seconds=bounds["max_wait"] / 1000,
     )
-    key = os.environ.get(KEY_VARIABLE, "") if api_key_file is None else _key_from(api_key_file)
+    key = _key_of_environment() if api_key_file is None else _key_from(api_key_file)
     options = Options(limits, key, index, pictures)
     run(Model(bundle, backend, precision, devices), options, Address(host, port, workers, grace))
 
@@ -130,6 +130,24 @@ def _key_from(path: Path) -> str:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} holds no API key: a key is of ASCII characters.") from error
-    if not key or not key.isprintable() or " " in key:
+    if not _is_key(key):
         raise InputError(f"{path} should hold an API key on one line, without blanks.")
     return key
+
+
+def _key_of_environment() -> str:
+    """The key in the environment; empty: there is none.
+
+    Raises:
+        InputError: It is none that a client could send.
+    """
+    from longclip_rt.errors import InputError
+
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if key and not _is_key(key):
+        raise InputError(f"{KEY_VARIABLE} should hold an API key of ASCII characters, without blanks.")
+    return key
+
+
+def _is_key(key: str) -> bool:
+    return key.isascii() and key.isprintable() and key != "" and " " not in key

@@ -83,6 +83,7 @@ def test_two_workers_behind_one_port_with_a_key(tiny_bundle: Path, tmp_path: Pat
     [
         (["--api-key-file", "absent"], "absent cannot be read"),
         (["--api-key-file", "empty"], "an API key on one line"),
+        ([], "LONGCLIP_RT_API_KEY should hold an API key of ASCII characters"),
         (["--index", "absent.parquet"], "'absent.parquet' cannot be read"),
         (["--bundle", "absent"], "absent"),
         (["--host", "203.0.113.1"], "cannot listen at 203.0.113.1, port 8000"),
@@ -99,6 +100,8 @@ def test_a_slip_is_a_sentence(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty").touch()
+    if not options:
+        monkeypatch.setenv("LONGCLIP_RT_API_KEY", "two words")
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with pytest.raises(SystemExit) as caught:
         main(["serve", "--bundle", str(tiny_bundle), "--backend", "onnxruntime", *options])
