@@ -201,7 +201,7 @@ def test_a_disk_that_refuses_to_be_read_is_told_of_the_data(tmp_path: Path, monk
     monkeypatch.setattr(zero_shot_run, "load_classified", refuse)
     put(tmp_path / "data", "a/1.png", "b/2.png")
     data = classes_from_name(str(tmp_path / "data"), None, None)
-    with pytest.raises(InputError, match="'bad/1.png' cannot be read: Input/output error"):
+    with pytest.raises(InputError, match=r"'bad/1.png' cannot be read: Input/output error"):
         zero_shot_run.evaluate_zero_shot(data, [ModelSpec(MODEL, "onnxruntime", "fp32")], cache=tmp_path / "cache")
 
 
