@@ -126,6 +126,26 @@ def test_imagenet_by_folders_and_by_kaggles_table(tmp_path: Path) -> None:
     assert kaggle.skipped[0].id == "LOC_val_solution.csv:2" and len(kaggle.questions[0].prompts[0]) == 7
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"labels": [0], "data": [[300] * 3072]}, "is not CIFAR's test file"),
+        ({"labels": 3, "data": [[0] * 3072]}, "does not fit"),
+        ({"labels": [[0]], "data": [[0] * 3072]}, "does not fit"),
+        (b"cnumpy.f2py.__main__\ndtype\n.", "it holds numpy.f2py.__main__.dtype"),  # runs a program when imported
+        (b"cnumpy.absent\ndtype\n.", "it holds numpy.absent.dtype"),
+        (b"\x80\x05\x96\xff\xff\xff\xff\xff\xff\xff\x7f.", "is not CIFAR's pickle"),
+        (b'c_codecs\nencode\n(S"a"\nS"nonsense"\ntR.', "is not CIFAR's pickle"),
+    ],
+)
+def test_odd_pickles_are_told(content: Any, said: str, tmp_path: Path) -> None:
+    write_cifar(tmp_path, "cifar10", binary=False)
+    raw = content if isinstance(content, bytes) else pickle.dumps(content)
+    (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(raw)
+    with pytest.raises(InputError, match=said):
+        load_cifar(tmp_path, "cifar10")
+
+
 def test_names_and_templates_can_be_given(tmp_path: Path) -> None:
     put(tmp_path / "data", "a/1.png", "b/2.png")
     (tmp_path / "names.txt").write_text("a goat\na bee\n")
