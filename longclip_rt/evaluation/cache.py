@@ -15,6 +15,7 @@ import hashlib
 import io
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,7 @@ logger = logging.getLogger("longclip_rt")
 MOST_BYTES = 10 << 30
 """What is kept at most, beside what the run at hand uses."""
 
+_ENTRY = re.compile(r".+-[0-9a-f]{12}")
 _SUFFIXES = {b"\xff\xd8\xff": ".jpg", b"\x89PN": ".png", b"RIF": ".webp"}
 
 
@@ -91,13 +93,12 @@ def opened_entry(home: Path | None, name: str, what: object, fresh: bool = False
     with output_errors(folder):
         home.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(folder, f"evaluates on {name!r} with {str(folder)!r}")
-        try:
+    with lock:
+        with output_errors(folder):
             os.utime(folder / "lock")
             if fresh:
                 _empty(folder)
-            yield Entry(folder)
-        finally:
-            lock.close()
+        yield Entry(folder)
     prune(home, MOST_BYTES, keep=folder)
 
 
@@ -105,12 +106,14 @@ def prune(home: Path, most: int, keep: Path) -> None:
     """Removes the entries that were not used for longest, until what is left has `most` bytes.
 
     Args:
-        home: Folder of the entries. What is not an entry is left alone.
+        home: Folder of the entries. What is not an entry by its name is left alone, for `home` may be any folder.
         most: Bytes.
         keep: The entry that stays in any case.
     """
     entries = []
     for lock in home.glob("*/lock"):
+        if not _ENTRY.fullmatch(lock.parent.name):
+            continue
         with contextlib.suppress(OSError):  # another run may be removing it
             size = sum(path.stat().st_size for path in lock.parent.rglob("*") if path.is_file())
             entries.append((lock.stat().st_mtime_ns, size, lock.parent))

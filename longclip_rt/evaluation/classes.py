@@ -150,7 +150,12 @@ def _folder(path: Path) -> tuple[tuple[Path, ...], NDArray[np.int64], tuple[str,
             f"{str(path)!r} holds {len(folders)} folders. Name one that holds a folder of pictures for each of two or "
             "more classes."
         )
-    images, labels, skipped = [], [], []
+    images, labels = [], []
+    skipped = [
+        Skipped(one.name, "It lies beside the folders of the classes.")
+        for one in sorted(path.iterdir())
+        if one.is_file() and has_image_suffix(one)
+    ]
     for number, folder in enumerate(folders):
         for file in sorted(one for one in folder.rglob("*") if one.is_file() and not one.name.startswith(".")):
             if has_image_suffix(file):

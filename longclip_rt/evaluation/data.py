@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,12 +94,26 @@ def load_collection(data: DataName, entry: Entry, encoder: Encoder, image_size: 
         TrainingError: Likewise, of what `train` reads too.
         MissingExtraError: A package is not installed.
     """
-    with bars() as bar:
+    with bars() as bar, reading_errors(data.path):
         collection = collect(_found(data, encoder, image_size, bar), entry.store)
     if not collection.images:
         reasons = "; ".join(f"{one.id}: {one.reason}" for one in collection.skipped[:3])
         raise InputError(f"{data.kind}:{data.path} has no image with a caption. {reasons}".rstrip())
     return collection
+
+
+@contextlib.contextmanager
+def reading_errors(name: str) -> Iterator[None]:
+    """Turns an `OSError` of the block into one sentence about a data set.
+
+    Raises:
+        InputError: When the block raises an `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        place = name if error.filename is None else os.fsdecode(error.filename)
+        raise InputError(f"{place!r} cannot be read: {error.strerror or error}. Mend or remove it.") from error
 
 
 def _found(data: DataName, encoder: Encoder, image_size: int, bar: Progress) -> Found:

@@ -50,7 +50,7 @@ def load_imagenet(path: Path) -> Loaded:
     wnids: tuple[str, ...] = tuple(require("timm.data", "evaluate").ImageNetInfo("imagenet-1k").label_names())
     place = {wnid: number for number, wnid in enumerate(wnids)}
     images, labels, skipped = [], [], []
-    if (path / ANSWERS).is_file():
+    if (path / ANSWERS).is_file() and not any(_WNID.fullmatch(one.name) for one in folder.iterdir()):
         for number, row in csv_rows(path / ANSWERS):
             wnid = row.get("PredictionString", "").split(" ")[0] if isinstance(row, dict) else ""
             if wnid not in place or isinstance(row, str):

@@ -13,7 +13,7 @@ from typing import Any
 from longclip_rt.errors import InputError
 from longclip_rt.evaluation.collection import Item, Skipped
 from longclip_rt.system.files import has_image_suffix
-from longclip_rt.train.data.table_files import Columns, csv_rows, records_from_json
+from longclip_rt.train.data.table_files import Columns, Record, csv_rows, records_from_json
 
 Found = Iterator[Item | Skipped]
 
@@ -138,6 +138,8 @@ def coco(layout: Layout) -> Found:
 def karpathy(layout: Layout) -> Found:
     """Karpathy's splits of COCO and Flickr30k (`dataset_coco.json`, `dataset_flickr30k.json`)."""
     path = layout.file(KARPATHY_FILES)
+    if len(several := sorted(one.name for one in layout.path.glob(KARPATHY_FILES))) > 1:
+        raise InputError(f"{str(layout.path)!r} holds {', '.join(several)}. Name one of them.")
     (images,) = _lists(_content(path), path, "images")
     folder = Layout(path, layout.images, layout.split).folder("images", "flickr30k-images", "../images")
     splits = {str(one.get("split")) for one in images}
@@ -185,7 +187,7 @@ def sharegpt4v(layout: Layout) -> Found:
     """ShareGPT4V's json: the first 1,000 rows, which the reference holds out of training."""
     path = layout.file("share-captioner_coco_lcs_sam_1246k_1107.json")
     folder = layout.images or path.parent
-    for number, record in itertools.islice(records_from_json(path, Columns()), SHAREGPT4V_ROWS):
+    for number, record in itertools.islice(_records(path), SHAREGPT4V_ROWS):
         name = f"{path.name}:{number}"
         if isinstance(record, str):
             yield Skipped(name, record)
@@ -195,13 +197,25 @@ def sharegpt4v(layout: Layout) -> Found:
             yield Item(name, folder / record[0], _texts([record[1]]))
 
 
+def _records(path: Path) -> Iterator[tuple[int, Record]]:
+    try:
+        yield from records_from_json(path, Columns())
+    except UnicodeDecodeError as error:
+        raise InputError(f"{str(path)!r} is not UTF-8. Save it as UTF-8.") from error
+
+
 def urban1k(layout: Layout) -> Found:
     """Urban1k: `image/N.jpg` and `caption/N.txt`, of which the first line is the caption, as in the reference."""
     folder = layout.folder("image")
     texts = layout.path / "caption"
     if not texts.is_dir() or not folder.is_dir():
         raise InputError(f"{str(layout.path)!r} has no folders 'image' and 'caption'. Name the folder of Urban1k.")
-    pictures = {path.stem: path for path in folder.iterdir() if has_image_suffix(path)}
+    pictures: dict[str, Path] = {}
+    for path in sorted(one for one in folder.iterdir() if has_image_suffix(one)):
+        if path.stem in pictures:
+            yield Skipped(f"image/{path.name}", f"Its caption belongs to {pictures[path.stem].name!r} already.")
+        else:
+            pictures[path.stem] = path
     captions = {path.stem: path for path in texts.glob("*.txt")}
     for stem in sorted(pictures.keys() | captions.keys(), key=lambda one: (len(one), one)):
         if stem not in pictures:
@@ -244,7 +258,7 @@ def iiw(layout: Layout) -> Found:
 
 def _with_suffix(path: Path) -> Path:
     """The file of a name that may lack its suffix."""
-    found = (path.with_name(path.name + suffix) for suffix in _SUFFIXES)
+    found = (path.parent / (path.name + suffix) for suffix in _SUFFIXES)
     return path if path.is_file() else next((one for one in found if one.is_file()), path)
 
 

@@ -89,8 +89,8 @@ def published_for(kind: str, file_name: str, images: int) -> tuple[Published, ..
         file_name: Of its file: Karpathy's splits are of two data sets.
         images: How many there are: Flickr30k is measured on all of it, or on 1,000.
     """
-    if kind == "karpathy":
-        kind = "flickr" if "flickr" in file_name.lower() else "coco"
+    if kind == "karpathy":  # which has Flickr8k as well
+        kind = next((one for one in ("flickr30k", "coco") if one in file_name.lower()), "").removesuffix("30k")
     rows = tuple(row for row in PUBLISHED if row.kind == kind)
     if kind == "flickr":
         nearest = min((row.images for row in rows), key=lambda count: abs(count - images))

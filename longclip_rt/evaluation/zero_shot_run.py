@@ -16,6 +16,7 @@ from longclip_rt.errors import InputError
 from longclip_rt.evaluation.cache import opened_entry
 from longclip_rt.evaluation.classes import ClassesName, Classified, Question, load_classified
 from longclip_rt.evaluation.collection import Skipped, skipped_as_json
+from longclip_rt.evaluation.data import reading_errors
 from longclip_rt.evaluation.figures import Difference, Figure, differences
 from longclip_rt.evaluation.models import Made, ModelSpec, each_model
 from longclip_rt.evaluation.published import IMAGENET, SECOND_HAND
@@ -167,7 +168,8 @@ def evaluate_zero_shot(
 
         def work(embedder: Embedder) -> Embedded:
             if not loaded:  # scenes are drawn for the first model
-                loaded.append(load_classified(data, entry, embedder.image_size))
+                with reading_errors(data.path):
+                    loaded.append(load_classified(data, entry, embedder.image_size))
             texts = [text for one in loaded[0].questions for prompts in one.prompts for text in prompts]
             return embedded(entry, embedder, loaded[0].images, texts, batch_size, bars)
 

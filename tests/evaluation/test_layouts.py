@@ -91,6 +91,9 @@ def test_a_column_can_be_named(tmp_path: Path) -> None:
         ("karpathy:x.json", '{"images": [{"split": "val"}]}', "no split 'test'; there are val"),
         ("flickr:x.csv", "a,b\n1,2\n", "'image' and 'caption' are needed"),
         ("flickr:x.token", b"\xff\xfe", "is not UTF-8"),
+        ("sharegpt4v:x.json", b"[\xff", "is not UTF-8"),
+        ("iiw:x.jsonl", '{"image": "/", "IIW": "x", "image/key": 1}\n{"IIW": 1}', "names no image"),
+        ("coco:" + "a" * 300, None, "cannot be read"),
         ("urban1k:.", None, "no folders 'image' and 'caption'"),
         ("dci:.", None, "holds no *-data.json"),
         ("docci:.", None, "nor a folder with *.jsonlines"),
@@ -138,3 +141,20 @@ def test_two_runs_on_one_data_set_do_not_meet(tmp_path: Path) -> None:
     assert isinstance(loaded(data, tmp_path / "cache"), Collection)
     with pytest.raises(InputError, match="KIND:PATH"):
         data_from_name(":x", None, "test", Columns())
+
+
+def test_several_files_or_twins_are_not_chosen_among_in_silence(tmp_path: Path) -> None:
+    for name in ("coco", "flickr8k"):
+        put_json(tmp_path / f"dataset_{name}.json", {"images": []})
+    with pytest.raises(InputError, match=r"dataset_coco\.json, dataset_flickr8k\.json. Name one"):
+        loaded(DataName("karpathy", str(tmp_path)), tmp_path / "cache")
+    put(tmp_path / "image", "1.jpg", "1.png")
+    (tmp_path / "caption").mkdir()
+    (tmp_path / "caption/1.txt").write_text("A dog")
+    found = loaded(DataName("urban1k", str(tmp_path)), tmp_path / "cache")
+    assert [one.id for one in found.skipped] == ["image/1.png"] and found.images[0].name == "1.jpg"
+    (tmp_path / "caption/2.txt").mkdir()
+    with pytest.raises(InputError, match=r"2\.txt' cannot be read"):  # and not that the cache cannot be written
+        loaded(DataName("urban1k", str(tmp_path)), tmp_path / "cache")
+    odd = put_lines(tmp_path / "odd.jsonl", [{"image": "/", "IIW": "x"}])
+    assert loaded(DataName("iiw", str(odd)), tmp_path / "cache").names == ("/",)

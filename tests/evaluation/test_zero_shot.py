@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 from pathlib import Path
@@ -14,9 +15,11 @@ from PIL import Image
 from longclip_rt.bundle.bundle import BUILT_IN
 from longclip_rt.commands.evaluate import evaluate
 from longclip_rt.errors import InputError
+from longclip_rt.evaluation import zero_shot_run
 from longclip_rt.evaluation.cache import opened_entry
 from longclip_rt.evaluation.cifar import load_cifar
 from longclip_rt.evaluation.classes import Classified, classes_from_name, load_classified
+from longclip_rt.evaluation.models import ModelSpec
 from longclip_rt.evaluation.prompts import class_names, templates_from_name
 from longclip_rt.evaluation.zero_shot_run import class_vectors
 from longclip_rt.metrics import zero_shot_accuracy
@@ -123,6 +126,10 @@ def test_imagenet_by_folders_and_by_kaggles_table(tmp_path: Path) -> None:
     (tmp_path / "b/LOC_val_solution.csv").write_text(rows)
     kaggle = loaded(tmp_path / "b", tmp_path / "cache", templates="simple-7")
     assert kaggle.questions[0].labels.tolist() == [65] and kaggle.images[0].is_file()
+    put(tmp_path / "c/ILSVRC/Data/CLS-LOC/val", "n01751748/ILSVRC2012_val_00000001.JPEG")  # sorted, as many keep it
+    (tmp_path / "c/LOC_val_solution.csv").write_text(rows)
+    sorted_in = loaded(tmp_path / "c", tmp_path / "cache", templates="photo")
+    assert sorted_in.questions[0].labels.tolist() == [65] and sorted_in.images[0].is_file()
     assert kaggle.skipped[0].id == "LOC_val_solution.csv:2" and len(kaggle.questions[0].prompts[0]) == 7
 
 
@@ -198,12 +205,24 @@ def test_the_command_agrees_with_the_embedder_and_asks_scenes_twice(tmp_path: Pa
 
 def test_a_broken_picture_is_said_and_not_counted(tmp_path: Path) -> None:
     put(tmp_path / "data", "a/1.png", "b/2.png")
+    put(tmp_path / "data", "beside.png")
     (tmp_path / "data/b/3.png").write_bytes(b"no picture")
     arguments = ["zero-shot", "--data", str(tmp_path / "data"), "--bundle", str(MODEL), "--backend", "onnxruntime"]
     result = CliRunner().invoke(evaluate, [*arguments, "--json", str(tmp_path / "f.json")], catch_exceptions=False)
     found = json.loads((tmp_path / "f.json").read_text())
-    assert found["images"] == 2 and [one["id"] for one in found["skipped"]] == ["b/3.png"]
-    assert "Skipped: 1" in result.stderr and "b/3.png" in result.stderr
+    assert found["images"] == 2 and [one["id"] for one in found["skipped"]] == ["beside.png", "b/3.png"]
+    assert "Skipped: 2" in result.stderr and "b/3.png" in result.stderr
+
+
+def test_a_disk_that_refuses_to_be_read_is_told_of_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error", "bad/1.png")
+
+    monkeypatch.setattr(zero_shot_run, "load_classified", refuse)
+    put(tmp_path / "data", "a/1.png", "b/2.png")
+    data = classes_from_name(str(tmp_path / "data"), None, None)
+    with pytest.raises(InputError, match=r"'bad/1\.png' cannot be read: Input/output error"):
+        zero_shot_run.evaluate_zero_shot(data, [ModelSpec(MODEL, "onnxruntime", "fp32")], cache=tmp_path / "cache")
 
 
 def test_a_class_is_the_mean_of_its_normalised_prompts() -> None:
