@@ -110,16 +110,21 @@ def load_cifar(path: Path, kind: str) -> Cifar:
             raise InputError(f"{str(test)!r} has {len(rows)} bytes, not a multiple of {width}. Download it again.")
         rows = rows.reshape(-1, width)
         labels, pixels = rows[:, release.label_bytes - 1].astype(np.int64), rows[:, release.label_bytes :]
-        names = [line for line in meta.read_text(encoding="utf-8").splitlines() if line]
+        names = [line for line in meta.read_text(encoding="utf-8", errors="replace").splitlines() if line]
     else:
         content, described = _unpickled(test), _unpickled(meta)
         try:
             labels = np.asarray(content[release.keys[0]], np.int64)
             pixels = np.asarray(content["data"], np.uint8)
             names = [str(name) for name in described[release.keys[1]]]
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"{str(test)!r} is not CIFAR's test file: {error}. Download it again.") from error
-    if pixels.shape != (len(labels), _PIXELS) or not len(labels) or not 0 <= labels.min() <= labels.max() < len(names):
+    if (
+        labels.ndim != 1
+        or pixels.shape != (labels.size, _PIXELS)
+        or not labels.size
+        or not 0 <= labels.min() <= labels.max() < len(names)
+    ):
         raise InputError(f"{str(test)!r} does not fit its {len(names)} classes. Download it again.")
     images = pixels.reshape(-1, 3, _SIDE, _SIDE).transpose(0, 2, 3, 1)  # planes of red, green, blue
     return Cifar(images, labels, tuple(name.replace("_", " ") for name in names))
@@ -128,13 +133,18 @@ def load_cifar(path: Path, kind: str) -> Cifar:
 class _Arrays(pickle.Unpickler):
     """Reads lists, texts and numpy's arrays, and refuses everything else: a pickle could run any code."""
 
-    _KNOWN = ("_reconstruct", "ndarray", "dtype", "_frombuffer")
+    _KNOWN = (
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+        ("numpy._core.multiarray", "_reconstruct"),
+        ("numpy._core.numeric", "_frombuffer"),
+        ("_codecs", "encode"),  # how bytes are written in old protocols
+    )
 
     def find_class(self, module: str, name: str) -> Any:
         """The classes that an array is pickled with."""
-        if module.partition(".")[0] == "numpy" and name in self._KNOWN:
-            return getattr(importlib.import_module(module.replace("numpy.core", "numpy._core")), name)
-        if (module, name) == ("_codecs", "encode"):  # how bytes are written in old protocols
+        module = module.replace("numpy.core", "numpy._core")
+        if (module, name) in self._KNOWN:
             return getattr(importlib.import_module(module), name)
         raise pickle.UnpicklingError(f"it holds {module}.{name}")
 
@@ -146,7 +156,17 @@ def _unpickled(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as stream:
             content = read(stream)
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+    except (
+        # A damaged pickle can fail in any of these ways.
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+        OverflowError,
+        MemoryError,
+    ) as error:
         raise InputError(f"{str(path)!r} is not CIFAR's pickle: {error}. Download it again.") from error
     if not isinstance(content, dict):
         raise InputError(f"{str(path)!r} holds a {type(content).__name__}, not CIFAR's dictionary. Download it again.")

@@ -177,6 +177,12 @@ def test_flickr30k_is_published_on_all_of_it_and_on_a_thousand(tmp_path: Path) -
     assert {row.images for row in published_for("karpathy", "dataset_flickr30k.json", 1000)} == {1000}
     assert {row.images for row in published_for("flickr", "x.token", 31014)} == {31783}
     assert {row.kind for row in published_for("karpathy", "dataset_coco.json", 5000)} == {"coco"}
+    collection, _ = planted()
+    nothing: Any = None
+    for split, known in (("test", True), ("train", False)):
+        data = DataName("docci", "x", split=split)
+        kept = collection.without({}, {})
+        assert bool(RetrievalReport(data, collection, kept, (), (), nothing, 0).published) == known
     assert published_for("table", "x", 5) == published_for("karpathy", "dataset_flickr8k.json", 1000) == ()
     (tmp_path / "dataset_flickr30k.json").touch()
     assert DataName("karpathy", str(tmp_path)).file_name == "dataset_flickr30k.json"

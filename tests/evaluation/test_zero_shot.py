@@ -133,6 +133,26 @@ def test_imagenet_by_folders_and_by_kaggles_table(tmp_path: Path) -> None:
     assert kaggle.skipped[0].id == "LOC_val_solution.csv:2" and len(kaggle.questions[0].prompts[0]) == 7
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"labels": [0], "data": [[300] * 3072]}, "is not CIFAR's test file"),
+        ({"labels": 3, "data": [[0] * 3072]}, "does not fit"),
+        ({"labels": [[0]], "data": [[0] * 3072]}, "does not fit"),
+        (b"cnumpy.f2py.__main__\ndtype\n.", "it holds numpy.f2py.__main__.dtype"),  # runs a program when imported
+        (b"cnumpy.absent\ndtype\n.", "it holds numpy.absent.dtype"),
+        (b"\x80\x05\x96\xff\xff\xff\xff\xff\xff\xff\x7f.", "is not CIFAR's pickle"),
+        (b'c_codecs\nencode\n(S"a"\nS"nonsense"\ntR.', "is not CIFAR's pickle"),
+    ],
+)
+def test_odd_pickles_are_told(content: Any, said: str, tmp_path: Path) -> None:
+    write_cifar(tmp_path, "cifar10", binary=False)
+    raw = content if isinstance(content, bytes) else pickle.dumps(content)
+    (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(raw)
+    with pytest.raises(InputError, match=said):
+        load_cifar(tmp_path, "cifar10")
+
+
 def test_names_and_templates_can_be_given(tmp_path: Path) -> None:
     put(tmp_path / "data", "a/1.png", "b/2.png")
     (tmp_path / "names.txt").write_text("a goat\na bee\n")
@@ -201,7 +221,7 @@ def test_a_disk_that_refuses_to_be_read_is_told_of_the_data(tmp_path: Path, monk
     monkeypatch.setattr(zero_shot_run, "load_classified", refuse)
     put(tmp_path / "data", "a/1.png", "b/2.png")
     data = classes_from_name(str(tmp_path / "data"), None, None)
-    with pytest.raises(InputError, match=r"'bad/1.png' cannot be read: Input/output error"):
+    with pytest.raises(InputError, match=r"'bad/1\.png' cannot be read: Input/output error"):
         zero_shot_run.evaluate_zero_shot(data, [ModelSpec(MODEL, "onnxruntime", "fp32")], cache=tmp_path / "cache")
 
 
