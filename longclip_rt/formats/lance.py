@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,8 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0].partition(", /home/")[0].rstrip(".")
+    """Without the place in Lance's own sources that its messages end with."""
+    return re.sub(r", \S+\.rs:\d+.*", "", str(error).partition("\n")[0]).rstrip(".")
 
 
 def lance_metadata(path: Path) -> dict[str, str]:

@@ -99,6 +99,8 @@ def test_a_column_can_be_named(tmp_path: Path) -> None:
         ("docci:.", None, "nor a folder with *.jsonlines"),
         ("table:x.csv", "a,b\n1,2\n", "has no column 'image'"),
         ("table:x.csv", b"image,caption\n\xff,x\n", "no CSV file in UTF-8"),
+        ("table:x.csv", 'image,caption\n1.png,"a cup\n2.png,a hat\n', "unexpected end of data"),
+        ("flickr:x.csv", 'image,caption\n1.png,"a cup\n2.png,a hat\n', "unexpected end of data"),
         ("webdataset:x.jsonl", '{"image": "1.png", "caption": "x"}\n', "is jsonl, not webdataset"),
         ("scenes:many", None, "is not understood"),
     ],

@@ -168,7 +168,8 @@ def csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str] | str]]:
     """
     with path.open(encoding="utf-8-sig", newline="") as stream:
         try:
-            reader = csv.DictReader(stream, skipinitialspace=True)
+            # Strict: a quote that is opened and not closed would make one cell of all rows behind it.
+            reader = csv.DictReader(stream, skipinitialspace=True, strict=True)
             for number, row in enumerate(reader, 1):
                 fits = None not in row and None not in row.values()
                 yield number, row if fits else "The row has another number of cells than the header."
