@@ -89,7 +89,7 @@ def write_int8(
         wanted, expected[tower] = (_vectors(true, tower, half) for half in (halves.calibration, halves.judging))
         tried: dict[float, float] = {}
         for alpha in alphas:
-            with _quiet(nncf):
+            with _quiet():
                 try:
                     quantised = _quantised(nncf, core.read_model(str(graph)), halves.calibration, alpha)
                 except Exception as error:  # of many classes, which NNCF does not name
@@ -162,8 +162,14 @@ def _spread(items: Sequence[Any]) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _quiet(nncf: Any) -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Keeps NNCF's bars, which it prints on stdout, and its log from the user."""
-    nncf.set_log_level(logging.ERROR)
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
+    # Not by its own function, which changes the handlers too: a program may have put its own there.
+    nncf_logger = logging.getLogger("nncf")
+    level = nncf_logger.level
+    nncf_logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        nncf_logger.setLevel(level)
